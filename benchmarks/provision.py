@@ -48,6 +48,8 @@ class Run:
     hosts_cpu_seconds: float | None = None
     """CPU seconds of all hosts together. None if the engine keeps its control groups elsewhere."""
     tasks: int = 0
+    skipped: int = 0
+    """Tasks that a host skipped. Ansible starts a process for each."""
     changed: int = 0
     by_role: dict[str, tuple[int, float]] = field(default_factory=dict)
 
@@ -77,9 +79,10 @@ def run_playbook(inventory_file: Path, names: list[str], playbook: str = "playbo
     run.hosts_cpu_seconds = None if before is None or after is None else after - before
     if done.returncode:
         raise RuntimeError(done.stdout[-5000:] + done.stderr[-2000:])
-    recap = re.findall(r"^\S+ +: ok=(\d+) +changed=(\d+)", done.stdout, re.MULTILINE)
-    run.tasks = max(int(ok) for ok, _ in recap)
-    run.changed = sum(int(changed) for _, changed in recap)
+    recap = re.findall(r"^\S+ +: ok=(\d+) +changed=(\d+) .*skipped=(\d+)", done.stdout, re.MULTILINE)
+    run.tasks = max(int(ok) for ok, _, _ in recap)
+    run.skipped = max(int(skipped) for _, _, skipped in recap)
+    run.changed = sum(int(changed) for _, changed, _ in recap)
     run.by_role = _by_role(done.stdout)
     return run
 
@@ -125,7 +128,7 @@ def _by_role(output: str) -> dict[str, tuple[int, float]]:
 
 def _print(title: str, run: Run) -> None:
     in_hosts = "unknown" if run.hosts_cpu_seconds is None else f"{run.hosts_cpu_seconds:.1f} s"
-    print(f"\n{title}: {run.seconds:.1f} s, {run.tasks} tasks, {run.changed} changed")
+    print(f"\n{title}: {run.seconds:.1f} s, {run.tasks} tasks, {run.skipped} skipped, {run.changed} changed")
     print(f"  CPU time: {run.here_cpu_seconds:.1f} s here, {in_hosts} in hosts")
     for role, (tasks, seconds) in run.by_role.items():
         print(f"  {role:26} {tasks:3} tasks {seconds:7.1f} s")
@@ -179,6 +182,7 @@ def _result(first: Run, second: Run, shape: Run, together: Run | None) -> dict[s
         "first_seconds": round(first.seconds, 1),
         "second_seconds": round(second.seconds, 1),
         "second_tasks": second.tasks,
+        "second_skipped": second.skipped,
         "second_changed": second.changed,
         "docker_role_shape_seconds": round(shape.seconds, 1),
         "docker_role_shape_changed": shape.changed,

@@ -21,11 +21,16 @@ OWN = frozenset(os.environ)
 """Variables that were there before any test."""
 
 
-STATE = pytest.StashKey["tempfile.TemporaryDirectory[str]"]()
+STATE = tempfile.TemporaryDirectory(prefix="mixtral-run-state-")
+"""The kit's state folder in these tests. Docker gives a port of this machine to one test host after another: the keys
+that other sessions recorded, and those of the person who tests, refuse them."""
+# Before tests/support/processes/warm.py is imported, by a conftest.py further down: it forks only where the environment
+# is as it was then.
+os.environ["XDG_STATE_HOME"] = STATE.name
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_configure() -> None:
     """Make the tests independent of how they were started.
 
     A shell ignores SIGINT in what it starts in the background, nohup ignores SIGHUP, and a process that was started by
@@ -36,14 +41,10 @@ def pytest_configure(config: pytest.Config) -> None:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     os.umask(0o022)
-    # Docker gives a port of this machine to one test host after another: the keys that other sessions recorded, and
-    # those of the person who tests, refuse them.
-    config.stash[STATE] = tempfile.TemporaryDirectory(prefix="mixtral-run-state-")
-    os.environ["XDG_STATE_HOME"] = config.stash[STATE].name
 
 
-def pytest_unconfigure(config: pytest.Config) -> None:
-    config.stash[STATE].cleanup()
+def pytest_unconfigure() -> None:
+    STATE.cleanup()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

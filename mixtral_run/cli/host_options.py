@@ -64,7 +64,7 @@ _TARGET: tuple[Callable[..., Any], ...] = (
         help="With several hosts: if hosts are lost, start again on those that are left, if they are N or more. Data "
         "order and learning rate stay the same.",
     ),
-    _option("--detach", is_flag=True, help="With --on: start the job and return at once."),
+    _option("--detach", is_flag=True, help="With --on or --launcher: start the job and return at once."),
 )
 _JOB: tuple[Callable[..., Any], ...] = (
     _option(
@@ -76,24 +76,28 @@ _JOB: tuple[Callable[..., Any], ...] = (
         "--wait a busy host is refused.",
     ),
     _option("--share", is_flag=True, help="With --on: start next to another job that uses the GPUs of the host."),
-    _option("--shm-size", metavar="SIZE", help="With --on: shared memory of the container.  [default: 32g]"),
-    _option("--image", metavar="NAME", help="With --on: container image.  [default: mixtral-run:local]"),
+    _option("--shm-size", metavar="SIZE", help="Shared memory of the job's container.  [default: 32g]"),
+    _option("--image", metavar="NAME", help="Image of the job's container.  [default: mixtral-run:local]"),
     _option(
         "--env",
         "environment",
         multiple=True,
         metavar="NAME=VALUE",
-        help="With --on: environment variable of the container. Not for secrets.",
+        help="Environment variable of the job. Not for secrets.",
     ),
     _option(
         "--ulimit",
         "ulimits",
         multiple=True,
         metavar="NAME=N",
-        help="With --on: limit of the container in place of the default ones. none: those of the Docker engine.",
+        help="Limit of the job's container in place of the default ones. none: those of the Docker engine.",
     ),
-    _option("--checkpoints-folder", metavar="FOLDER", help="With --on: folder of the host that is /checkpoints."),
-    _option("--hf-home", metavar="FOLDER", help="With --on: Hugging Face cache of the host."),
+    _option(
+        "--checkpoints-folder",
+        metavar="FOLDER",
+        help="Folder of each host that is /checkpoints in the job's container.",
+    ),
+    _option("--hf-home", metavar="FOLDER", help="Folder of each host that is the Hugging Face cache of the job."),
     _option(
         "--max-restarts",
         type=WholeNumber(0),
@@ -101,12 +105,12 @@ _JOB: tuple[Callable[..., Any], ...] = (
         help="Start the whole job again up to N times if it fails in a way that repeating can cure. A fine-tuning then "
         "continues from its newest good checkpoint.  [default: 0; with --launcher slurm: 3]",
     ),
-    _option("--nccl-debug", metavar="LEVEL", help="With --on: value of NCCL_DEBUG, such as INFO."),
+    _option("--nccl-debug", metavar="LEVEL", help="Value of NCCL_DEBUG for the job, such as INFO."),
     _option(
         "--nccl-timeout",
         type=WholeNumber(),
         metavar="SECONDS",
-        help="With --on: longest time that a process waits for the others.",
+        help="Longest time that a process of the job waits for the others.",
     ),
     _option(
         "--rendezvous-address",

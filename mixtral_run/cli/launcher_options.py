@@ -16,7 +16,7 @@ import click
 from mixtral_run.cli.command import Option
 from mixtral_run.cli.config_file import read_config_file
 from mixtral_run.cli.setting_option import option_of
-from mixtral_run.config.fields import SETTINGS_ERROR, field_types, flag_of
+from mixtral_run.config.fields import field_types, flag_of
 from mixtral_run.config.launchers.base import SCHEDULERS
 from mixtral_run.config.launchers.registry import LAUNCHERS
 from mixtral_run.errors import ConfigError
@@ -101,8 +101,8 @@ def launch(verb: str, config: Config, given: dict[str, Any], scheduled: dict[str
     own = {item.name for item in dataclasses.fields(kind)}
     problems = [f"{flag_of(each)}: --launcher {name} does not use it" for each in scheduled if each not in own]
     problems += ["--on: expected --on or --launcher; found both"] if "on" in given else []
-    if problems:
-        raise ConfigError(SETTINGS_ERROR, problems=problems)
     values = kind.with_current_names(read_config_file(file)) if file else {}
-    settings = kind.from_mapping(values | scheduled, where=str(file or "command line")).check()
-    launch_job(name, verb, config, JobOptions(**given), settings, tuple(given), dry_run)
+    values |= {each: value for each, value in scheduled.items() if each in own}
+    settings = kind.from_mapping(values, where=str(file or "command line"))
+    others = tuple(each for each in given if each != "on")
+    launch_job(name, verb, config, JobOptions(**given), settings, others, dry_run, problems)

@@ -18,7 +18,7 @@ from mixtral_run.run_lock import LOCK_NAME, lock_file_of
 from mixtral_run.terminal.report import Report
 from mixtral_run.train.checkpoints.init_adapter import load_init_adapter
 from mixtral_run.train.checkpoints.newest_good import settle_resume
-from mixtral_run.train.checkpoints.run_folder import own_output, report_disk_use
+from mixtral_run.train.checkpoints.run_folder import check_shared, own_output, report_disk_use
 from mixtral_run.train.checkpoints.saving import AdapterSaver
 from mixtral_run.train.data.packing import PackedSamples
 from mixtral_run.train.full.full_run import full_finetune, sharded_step
@@ -55,6 +55,7 @@ def finetune(config: FinetuneConfig) -> None:
     lora = LoraSettings.from_config(config)
     with own_output(config.save / LOCK_NAME, config.VERB), open_mesh(config) as mesh:
         report = Report() if mesh.is_first else Report.silent()
+        check_shared(config.save, mesh)
         config = settle_resume(config, mesh, report)
         config, data = open_data(config, base, report)
         samples = data.samples

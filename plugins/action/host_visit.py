@@ -10,6 +10,7 @@ from pathlib import Path
 import ansible.constants
 from ansible.plugins.action import ActionBase
 from ansible_collections.mixtral_run.hosts.plugins.plugin_utils import changes, kit_version, setup_lock
+from ansible_collections.mixtral_run.hosts.plugins.plugin_utils.run_id import run_id
 
 MOST_TASKS, LONGEST_TASK = 60, 100
 NO_RESULT = "Module result deserialization failed"
@@ -78,7 +79,7 @@ def _entry(host, arguments, task_vars):
     user, machine = setup_lock.operator()
     tags = [str(tag) for tag in task_vars.get("ansible_run_tags", ()) if tag != "all"]
     values = {
-        "run": Path(ansible.constants.DEFAULT_LOCAL_TMP).name.rpartition("-")[2],
+        "run": run_id(),
         "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "by": f"{user}@{machine}",
         "kit": kit_version.kit_version(),

@@ -1,6 +1,6 @@
 """Action plugin of `owned_folders`, which runs on the operator's machine.
 
-It reads the secret from a file there. The task sees the path only, so its results need not be hidden: that a secret
+It reads the secrets from files there. The task sees the paths only, so its results need not be hidden: that a secret
 changed, or why it cannot be used, stays visible.
 """
 
@@ -12,31 +12,43 @@ from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 
 HIDDEN = "(secret hidden)"
+FILES = {
+    "secret_file": ("secret", "hf_cache_token_file"),
+    "keys_file": ("keys", "hf_cache_store_keys_file"),
+}
+"""Arguments of the task, the module's options that they fill, and the variables of the role that name the files."""
 
 
 class ActionModule(ActionBase):
-    """Action that passes the content of `secret_file` to the module, whose option `secret` hides it in all results."""
+    """Action that passes the content of files to the module, whose options hide it in all results."""
 
     def run(self, tmp=None, task_vars=None):
         result = super().run(tmp, task_vars)
         arguments = dict(self._task.args)
-        file = arguments.pop("secret_file", "")
-        if file and arguments.get("state", "present") == "present":
-            arguments["secret"] = _text(Path(file).expanduser())
+        secrets = []
+        for argument, (option, variable) in FILES.items():
+            file = arguments.pop(argument, "")
+            if file and arguments.get("state", "present") == "present":
+                arguments[option] = _text(Path(file).expanduser(), variable)
+                secrets += _parts(arguments[option]) if option == "keys" else [arguments[option]]
         answer = self._execute_module(module_args=arguments, task_vars=task_vars)
-        return {**result, **_without(answer, arguments.get("secret", ""))}
+        return {**result, **_without(answer, [each.strip().strip("'\"") for each in secrets])}
 
 
-def _without(answer, secret):
-    """Return the answer of a module with the secret replaced. A Python that fails on a host may print its input."""
-    secret = secret.strip().strip("'\"")
-    hidden = {
-        name: value.replace(secret, HIDDEN) for name, value in answer.items() if secret and isinstance(value, str)
-    }
+def _parts(text):
+    """Return what must not be shown of keys: of each line `NAME = VALUE` the value, and other lines but sections."""
+    return [line.partition("=")[2] or line for line in text.splitlines() if not line.startswith("[")]
+
+
+def _without(answer, secrets):
+    """Return the answer of a module with the secrets replaced. A Python that fails on a host may print its input."""
+    hidden = {name: value for name, value in answer.items() if isinstance(value, str)}
+    for secret in sorted(filter(None, secrets), key=len, reverse=True):
+        hidden = {name: value.replace(secret, HIDDEN) for name, value in hidden.items()}
     return {**answer, **hidden}
 
 
-def _text(path):
+def _text(path, variable):
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
@@ -47,6 +59,6 @@ def _text(path):
     except OSError as error:
         raise AnsibleActionFail(
             f"The secret cannot be read on this machine.\n  where:    {path}\n  found:    {error.strerror}\n"
-            "  next:     correct the path, such as hf_cache_token_file"
+            f"  next:     correct the path of {variable}"
         ) from None
     return text

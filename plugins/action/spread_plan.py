@@ -8,6 +8,7 @@ from __future__ import annotations
 from ansible.plugins.action import ActionBase
 
 from ..module_utils.mixtral_run_host.spread.rounds import plan_of
+from ..plugin_utils.run_id import run_id
 
 
 class ActionModule(ActionBase):
@@ -20,4 +21,5 @@ class ActionModule(ActionBase):
         # With these strategies hosts do not wait for each other between tasks.
         waits = self._task.get_play().strategy.rpartition(".")[2] not in ("free", "host_pinned")
         hosts = {name: task_vars["hostvars"].raw_get(name) for name in task_vars["ansible_play_hosts"]}
-        return {**result, "changed": False, **plan_of(task_vars["inventory_hostname"], hosts, self._task.args, waits)}
+        plan = plan_of(task_vars["inventory_hostname"], hosts, self._task.args, waits)
+        return {**result, "changed": False, "run_id": run_id(), **plan}

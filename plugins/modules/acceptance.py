@@ -38,7 +38,7 @@ from ..module_utils.mixtral_run_host import probe
 from ..module_utils.mixtral_run_host.commands import MISSING, TIMED_OUT, last_lines, run
 from ..module_utils.mixtral_run_host.engine import engine_use
 from ..module_utils.mixtral_run_host.files import Record, explain
-from ..module_utils.mixtral_run_host.gpu import gpu_driver, gpu_floors
+from ..module_utils.mixtral_run_host.gpu import gpu_driver, gpu_floors, since_acceptance
 from ..module_utils.mixtral_run_host.start import run_module
 
 KIT_VERSION = "import mixtral_run; print(mixtral_run.__version__)"
@@ -92,7 +92,11 @@ def act(module):
         module.exit_json(changed=True, why="; ".join(changes) or "forced")
     report = _measure(module, stamp)
     record.values.update(
-        report=report, stamp=stamp, floors=params["floors"], at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        report=report,
+        stamp=stamp,
+        floors=params["floors"],
+        gpus=since_acceptance.hardware(gpus["gpus"], gpu_driver.active_nvlinks() if gpus["gpus"] else None),
+        at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )
     record.save()
     if not report["accepted"]:
@@ -116,7 +120,7 @@ def _stamp(module, gpus):
         "gpus": [gpu["uuid"] for gpu in gpus["gpus"]],
         "driver": gpus["driver"],
         "toolkit": probe.toolkit_version(),
-        "engine": probe.engine()["version"],
+        "engine": probe.engine_version(),
         "kernel": probe.os.uname().release,
         "image": image.out.strip() if image.code == 0 else None,
     }

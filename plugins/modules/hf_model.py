@@ -29,6 +29,7 @@ options:
   via: {description: Source of the model., type: str, choices: [origin, look, visit, peer], default: origin}
   user: {description: "Login user. Empty means the user who became root.", type: str, default: ""}
   askers: {description: "Hosts of this play. With a look, keys for them that a killed run left are taken back.", type: list, elements: str, default: []}
+  run_id: {description: "Name of this run of Ansible, which the action plugin adds. A look leaves the keys of this run.", type: str, default: ""}
   peer: {description: "Name of a host that the operator named, which is asked instead of the hub; or the host that is read.", type: str, default: ""}
   content: {description: "With C(peer), commit and files of the model: path, size and hash of each.", type: dict, default: {}}
   peer_address: {description: Address of the other host as seen from this host., type: str}
@@ -83,6 +84,7 @@ def main():
             "via": {"type": "str", "choices": ["origin", "look", "visit", "peer"], "default": "origin"},
             "user": {"type": "str", "default": ""},
             "askers": {"type": "list", "elements": "str", "default": []},
+            "run_id": {"type": "str", "default": ""},
             "peer": {"type": "str", "default": ""},
             "content": {"type": "dict", "default": {}},
             "peer_address": {"type": "str"},
@@ -146,7 +148,7 @@ def _look(module, cache, known):
     params = module.params
     changed = False
     if not module.check_mode:
-        changed = forget_copies(params["user"], params["askers"])
+        changed = forget_copies(params["user"], params["run_id"], params["askers"])
     elif known is None:
         if not params["peer"]:
             (_from_folder if params["source_path"] else _from_hub)(module, cache, params)

@@ -10,11 +10,15 @@ description:
   - The other host gives bytes only. The ID comes from the operator, who has it from the host that took the image from
     outside. The archive is compared with it before anything is loaded.
   - The archive stays for further hosts until C(spread_source) removes it.
+  - With C(probe), nothing is copied. The module fails where the copy would fail for its connection or for missing space,
+    before the other host spends minutes on saving its image.
 options:
   host: {description: Name of the host in messages., type: str, required: true}
   name: {description: Name of the image on the host., type: str, required: true}
   content: {description: "ID of the image, and inputs and source for its record.", type: dict, required: true}
   file: {description: "Archive on the other host: name, size and SHA-256.", type: list, default: []}
+  probe: {description: Only try the connection and look for the space., type: bool, default: false}
+  num_bytes: {description: "With C(probe), the space that the archive will take.", type: int, default: 0}
   peer: {description: Name of the other host., type: str, required: true}
   peer_address: {description: Address of the other host as seen from this host., type: str, default: ""}
   peer_port: {description: Port of the other host's SSH server., type: int, default: 22}
@@ -27,6 +31,7 @@ options:
 """
 
 import os
+import re
 import time
 
 from ..module_utils.mixtral_run_host.commands import last_lines, run
@@ -45,6 +50,8 @@ OPTIONS = {
     "name": {"type": "str", "required": True},
     "content": {"type": "dict", "required": True},
     "file": {"type": "list", "default": []},
+    "probe": {"type": "bool", "default": False},
+    "num_bytes": {"type": "int", "default": 0},
     "peer": {"type": "str", "required": True},
     "peer_address": {"type": "str", "default": ""},
     "peer_port": {"type": "int", "default": 22},
@@ -71,6 +78,11 @@ def act(module):
             raise CopyError(params["peer_problem"], "run again")
         if not DIGEST.match(str(content.get("id"))):
             raise CopyError("{!r:.100} is no ID of an image".format(content.get("id")), "run again")
+        if params["probe"]:
+            need_space(ImageArchive().folder, params["num_bytes"])
+            with _peer(params) as peer:
+                peer.probe()
+            module.exit_json(changed=False)
         image = _load(module, _archive(params), content["id"])
     except CopyError as error:
         module.fail_json(
@@ -107,9 +119,7 @@ def _archive(params):
     if not archive.blobs.has(file):
         os.makedirs(archive.folder, mode=0o755, exist_ok=True)
         need_space(archive.folder, file.size)
-        slowest = params["slowest_mib_per_second"] * 2**20
-        address, port, user = params["peer_address"], params["peer_port"], params["peer_user"]
-        with connected(address, port, user, params["peer_key"], params["peer_host_keys"], slowest) as peer:
+        with _peer(params) as peer:
             archive.blobs.fetch(peer, file)
     path = archive.blobs.blob(file.digest)
     try:
@@ -124,6 +134,12 @@ def _archive(params):
     return path
 
 
+def _peer(params):
+    slowest = params["slowest_mib_per_second"] * 2**20
+    address, port, user = params["peer_address"], params["peer_port"], params["peer_user"]
+    return connected(address, port, user, params["peer_key"], params["peer_host_keys"], slowest)
+
+
 def _load(module, path, image):
     """Load an archive and give the image its name. Return the ID that this host's engine gives to it."""
     params = module.params
@@ -131,7 +147,10 @@ def _load(module, path, image):
     if answer.code:
         # The archive may be at fault, or this engine: the source is not given up, and another one is tried.
         raise CopyError("docker load: " + last_lines(answer, 3), "`docker system df` there, then run again", NOBODY)
-    for each in [image] + [each for each in ids_in(path) if each != image]:
+    # An engine that stores images in containerd makes a manifest of its own for an archive of an engine before 25. Only
+    # it knows the ID of this manifest. Which image is in the archive was verified before.
+    loaded = re.findall(r"^Loaded image ID: (sha256:[0-9a-f]{64})$", answer.out, re.MULTILINE)
+    for each in dict.fromkeys([image] + ids_in(path) + loaded):
         known = run(["docker", "image", "inspect", "--format", "{{.Id}}", each], timeout=30)
         if known.code == 0:
             tagged = run(["docker", "tag", each, params["name"]], timeout=30)

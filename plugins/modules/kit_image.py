@@ -18,6 +18,7 @@ options:
   look: {description: "Only report in C(spread) whether the host has the image, for the plan of copies from host to host.", type: bool, default: false}
   user: {description: "Login user. Empty means the user who became root.", type: str, default: ""}
   askers: {description: "Hosts of this play. With a look, keys for them that a killed run left are taken back.", type: list, elements: str, default: []}
+  run_id: {description: "Name of this run of Ansible, which the action plugin adds. A look leaves the keys of this run.", type: str, default: ""}
   sent: {description: Path of the build context or archive on the host., type: path}
 """
 
@@ -33,7 +34,7 @@ from ..module_utils.mixtral_run_host import probe
 from ..module_utils.mixtral_run_host.commands import last_lines, run
 from ..module_utils.mixtral_run_host.engine import image_inputs
 from ..module_utils.mixtral_run_host.files import Record, explain
-from ..module_utils.mixtral_run_host.spread.archive import image_report
+from ..module_utils.mixtral_run_host.spread.archive import ImageArchive, image_report
 from ..module_utils.mixtral_run_host.spread.keys import forget_copies
 from ..module_utils.mixtral_run_host.spread.plan import ME, SOURCE
 from ..module_utils.mixtral_run_host.start import run_module
@@ -44,7 +45,7 @@ SBOM_LABEL = "org.mixtral-run.sbom"
 SBOM = "/opt/mixtral-run/sbom.cdx.json"
 WORK_FOLDER = "/var/lib/mixtral-run/build"
 TEXT = ("base_image", "pip_index_url", "pip_trusted_host", "wheelhouse", "proxy", "no_proxy", "registry_reference",
-        "archive", "archive_name", "archive_digest", "repository", "ref", "dockerfile", "user")  # fmt: skip
+        "archive", "archive_name", "archive_digest", "repository", "ref", "dockerfile", "user", "run_id")  # fmt: skip
 
 
 def main():
@@ -89,9 +90,8 @@ class Image:
         self.module, self.params = module, module.params
         self.record = Record("images", check_mode=module.check_mode)
         self.name = self.params["name"]
-        self.swept = (
-            self.params["look"] and not module.check_mode and forget_copies(self.params["user"], self.params["askers"])
-        )
+        self.swept = self.params["look"] and not module.check_mode and forget_copies(
+            self.params["user"], self.params["run_id"], self.params["askers"])  # fmt: skip
         self.proxy = image_inputs.proxy_variables(self.params["proxy"], self.params["no_proxy"])
         self.bridge = None
         self.identity = ""  # hosts with the same one can take the image from each other
@@ -102,7 +102,8 @@ class Image:
     def exit(self, changed, holds=True, **more):
         facts = {"id": self.there["Id"] if self.there else None, "name": self.name}
         spread = image_report(self.params["source"], self.identity, facts["id"] if holds else None)
-        self.module.exit_json(changed=changed or self.swept, image=facts, spread=spread, **more)
+        left = ImageArchive().exists()
+        self.module.exit_json(changed=changed or self.swept, image=facts, spread=spread, archive_left=left, **more)
 
     def stop_here(self, **more):
         """End the module where the image is missing, in check mode or if only a report is wanted."""

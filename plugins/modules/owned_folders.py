@@ -1,5 +1,5 @@
 #!/usr/bin/python
-"""Create folders and a secret file with owner, group and mode. `absent` removes created folders that are empty."""
+"""Create folders and files of secrets with owner, group and mode. `absent` removes created folders that are empty."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ description:
   - The owner may be a number that no user of the host has. The contents of the folders are left alone.
   - A path that leads through a link which root does not own is refused, because the owner of a folder could lead root
     elsewhere.
-  - C(absent) removes folders that the kit created if they are empty, and a secret that the kit wrote. Folders that
+  - C(absent) removes folders that the kit created if they are empty, and secrets that the kit wrote. Folders that
     existed before get their owner, group and mode back. C(leftovers) are removed with their contents.
 options:
   section: {description: Name under which the folders are recorded., type: str, required: true}
@@ -26,10 +26,18 @@ options:
       - The action plugin fills it from C(secret_file), a file on the operator's machine.
     type: str
     default: ""
+  keys_path: {description: "File of mode 0640 for C(keys), which jobs read as C(secret_path).", type: path}
+  keys:
+    description:
+      - Keys of an object store in the form of ~/.aws/credentials. If it is empty, an existing file stays.
+      - The action plugin fills it from C(keys_file), a file on the operator's machine.
+    type: str
+    default: ""
   leftovers: {description: "Files and folders of the section that C(absent) removes.", type: list, elements: path, default: []}
   state: {description: C(absent) removes them., type: str, choices: [present, absent], default: present}
 """
 
+import configparser
 import contextlib
 import os
 import shutil
@@ -47,11 +55,14 @@ OPTIONS = {
     "mode": {"type": "str", "default": "2775"},
     "secret_path": {"type": "path"},
     "secret": {"type": "str", "default": "", "no_log": True},
+    "keys_path": {"type": "path"},
+    "keys": {"type": "str", "default": "", "no_log": True},
     "leftovers": {"type": "list", "elements": "path", "default": []},
     "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
 }
 
 SECRET_MODE = 0o640
+KEYS = ("aws_access_key_id", "aws_secret_access_key")
 
 
 def main():
@@ -104,17 +115,20 @@ def _present(module, record):
                         os.fchmod(folder, mode)  # after fchown, which clears the set-group-id bit
         finally:
             os.close(folder)
-    done += _secret(module, record, mine)
+    # Both are looked at before one of them is written.
+    texts = {"secret": _plain_secret(module), "keys": _plain_keys(module)}
+    for name, text in texts.items():
+        done += _secret(module, record, mine, name, text)
     return done
 
 
-def _secret(module, record, mine):
+def _secret(module, record, mine, name, text):
     params = module.params
-    path, text = params["secret_path"], _plain_secret(module)
+    path = params[name + "_path"]
     if not path or not text or _is_written(path, text + "\n", (SECRET_MODE, params["uid"], params["gid"])):
         return []
     if not module.check_mode:
-        mine["secret"] = path
+        mine[name] = path
         record.save()
         with naming(path), _folder_of(path, make=True) as folder:
             replace_in(folder, os.path.basename(path), text + "\n", SECRET_MODE, (params["uid"], params["gid"]))
@@ -137,6 +151,34 @@ def _plain_secret(module):
                 expected="one word of letters and digits, such as hf_...",
                 found="blanks, quotes, an equals sign, or characters that are not ASCII",
                 next_step="write the token alone into the file that hf_cache_token_file or --hf-token-file names",
+            )
+        )
+    return text
+
+
+def _plain_keys(module):
+    """Return the keys of a store without a byte order mark, and with the ends of lines of a host.
+
+    Fail unless they are in the form that the client of S3 reads. The message does not show them.
+    """
+    text = module.params["keys"].replace("\ufeff", "").replace("\r\n", "\n").strip()
+    if not text:
+        return ""
+    parser = configparser.RawConfigParser(default_section="")
+    try:
+        parser.read_string(text)
+        missing = [name for name in KEYS if not parser.get("default", name, fallback="").strip()]
+        found = " and ".join("no " + name for name in missing)
+    except configparser.Error:
+        found = "other lines than NAME = VALUE, or a name twice"
+    if found:
+        module.fail_json(
+            msg=explain(
+                "The keys of the store cannot be used; nothing of them was written.",
+                where=module.params["keys_path"],
+                expected="the form of ~/.aws/credentials: [default], {} = ..., {} = ...".format(*KEYS),
+                found=found,
+                next_step="correct the file that hf_cache_store_keys_file or --store-keys-file names",
             )
         )
     return text
@@ -196,8 +238,9 @@ def _take_back(module, record):
     done = ["forgot the folders of " + module.params["section"]]
     if module.check_mode:
         return done
-    if mine["secret"] and _is_removed(os.unlink, mine["secret"]):
-        done.append("removed " + mine["secret"])
+    for path in (mine["secret"], mine.get("keys")):
+        if path and _is_removed(os.unlink, path):
+            done.append("removed " + path)
     for path in sorted(mine["folders"], key=len, reverse=True):
         if _is_removed(os.rmdir, path):
             done.append("removed " + path)

@@ -10,7 +10,7 @@ description:
   - Computes the same plan on every host of the play from what the hosts reported, without a connection.
   - Returns C(source), the name of a host, or empty for a copy from outside; C(copies), false if this host waits in this
     round; C(again), true if a further round may follow; and C(address), C(port), C(user), C(folder) and C(content) of
-    the source. C(msg) says who takes it from whom, or why nobody can give it.
+    the source; and C(run_id), which tells the keys of this run from those of other runs. C(msg) says who takes it from whom, or why nobody can give it.
 options:
   what: {description: Name of the files in messages., type: str, required: true}
   outside: {description: Name of the source outside the fleet in messages., type: str, required: true}

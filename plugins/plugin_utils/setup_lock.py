@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 SCRIPT = Path(__file__).with_name("setup_lock.sh")
-FOLDER = "/run/lock"
+FOLDER = "/run/mixtral-run"
 SILENT_SECONDS = 60
 ANSWER_SECONDS, RELEASE_SECONDS = 45, 5
 MAX_NOTE_BYTES = 4096
@@ -29,8 +29,10 @@ DEAD_SECONDS = 15
 KEEPER = r"""
 trap '' PIPE
 main=$1 file=$2; shift 2
+IFS= read -r password
 signs='echo $$ >"$2"; while kill -0 "$1" 2>/dev/null; do echo . || exit; sleep 5 >/dev/null; done'
-hold() { sh -c "$signs" signs "$main" "$file" | "$@"; rm -f "$file"; }
+secret() { [ -z "$password" ] || printf '%s\n' "$password"; }
+hold() { { secret; exec sh -c "$signs" signs "$main" "$file"; } | "$@"; rm -f "$file"; }
 hold "$@"
 while sleep 10 >/dev/null; [ -e "$file.wanted" ] && kill -0 "$main" 2>/dev/null; do
     note="$(hold "$@" 2>/dev/null | sed -n 's/^busy //p' | head -c 4096)"
@@ -38,7 +40,8 @@ while sleep 10 >/dev/null; [ -e "$file.wanted" ] && kill -0 "$main" 2>/dev/null;
 done
 """
 """$1: Ansible's main process. $2: the file for the id of the process whose end gives the lock back. Then the command
-that runs SCRIPT on the host. `sleep` must not hold the pipe open when its parent is killed. The shell reports that kill
+that runs SCRIPT on the host. The only line of standard input is the password for sudo, or empty. `sleep` must not hold
+the pipe open when its parent is killed. The shell reports that kill
 to a reader that has ended long ago, and must not end by it. FILE.lost gets the note of another operator who took the
 lock while the connection was cut."""
 
@@ -62,13 +65,15 @@ def take(connection, file, command):
     main = os.getppid()
     note = json.dumps({"command": command, "user": user, "host": machine, "pid": main, "since": since})
     words = ["sh", "-c", SCRIPT.read_text(encoding="utf-8"), "lock", note, FOLDER, str(SILENT_SECONDS)]
+    password = _password(connection)
+    words += ["password"] if password else []
     argv = _argv(connection, words)
     if argv is None:
         return "", f"Two operators are not kept apart here: connection {connection.transport} has no lock"
     until = time.monotonic() + DEAD_SECONDS
     while True:
         Path(f"{file}.wanted").touch()
-        answer = _answer(["sh", "-c", KEEPER, "keeper", str(main), str(file), *argv])
+        answer = _answer(["sh", "-c", KEEPER, "keeper", str(main), str(file), *argv], password)
         kind, _, text = answer.partition(" ")
         if kind != "held":
             give_back(file)
@@ -102,7 +107,7 @@ def lost_to(file):
 
 
 def holder(note):
-    """Return who holds a lock, in words. Any user of the host may have written the note."""
+    """Return who holds a lock, in words. The note comes from the host, which is not trusted."""
     try:
         values = json.loads(note)
         command, user, host, since = (plain(values[name]) for name in ("command", "user", "host", "since"))
@@ -147,14 +152,22 @@ def _argv(connection, words):
     return argv[2:] if argv[0] == "sshpass" else argv
 
 
-def _answer(argv):
+def _password(connection):
+    """Return the password of the play for sudo, or an empty text. Root holds the lock, so sudo may ask for it."""
+    become = getattr(connection, "become", None)
+    return str(become.get_option("become_pass") or "") if become else ""
+
+
+def _answer(argv, password=""):
     """Start a process that outlives this one, and return the line of its output that answers; the last one without it.
 
-    ssh may print warnings before it.
+    ssh may print warnings before it. password: the first line of the input of the process.
     """
     process = subprocess.Popen(
-        argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )
+    with contextlib.suppress(BrokenPipeError), process.stdin:
+        process.stdin.write(f"{password}\n".encode())
     found, until = b"", time.monotonic() + ANSWER_SECONDS
     while len(found) < 4 * MAX_NOTE_BYTES:
         if not select.select([process.stdout], [], [], max(0, until - time.monotonic()))[0]:

@@ -1,12 +1,21 @@
 # Hold the lock of a host for the time of a bootstrap or teardown. Runs on the host, at the end of an SSH connection.
 # $1: a note that names the new holder. $2: the folder of the lock. $3: seconds without a sign of life on standard input
-# after which it ends. The first line of the answer is `held` and the note of a holder that was cut off, `busy` and the
-# note of the holder, or `without` and the reason.
-file="${MIXTRAL_RUN_LOCK_FOLDER:-$2}/mixtral-run-setup.lock"
-command -v flock >/dev/null || { echo "without flock is not installed"; exit 0; }
-[ -e "$file" ] || (umask 0; set -C; : > "$file") 2>/dev/null
-if [ -L "$file" ] || [ ! -f "$file" ] || [ ! -r "$file" ]; then echo "without $file cannot be opened"; exit 0; fi
-exec 9<"$file"
+# after which it ends. $4: `password` if the first line of standard input is the password of the user for sudo. The
+# first line of the answer is `held` and the note of a holder that was cut off, `busy` and the note of the holder, or
+# `without` and the reason.
+# Only the owner of the folder, root, can open the lock. Otherwise any user of the host could hold it forever.
+program=$(cat <<'END'
+file=$2/setup.lock
+umask 077
+without() { echo "without $*"; exit 0; }
+command -v flock >/dev/null || without flock is not installed
+[ -d "$2" ] || mkdir "$2" 2>/dev/null
+if [ -L "$2" ] || [ ! -d "$2" ] || [ ! -O "$2" ] || [ -n "$(find "$2" -maxdepth 0 -perm /022)" ]; then
+    without "$2 is no folder that $(id -un) alone can write"
+fi
+[ -e "$file" ] || [ -L "$file" ] || (set -C; : >"$file") 2>/dev/null
+if [ -L "$file" ] || [ ! -f "$file" ] || [ ! -O "$file" ]; then without "$file is no file of $(id -un)"; fi
+chmod 600 "$file" && exec 9<"$file" || without "$file cannot be opened"
 note="$(head -c 4096 "$file" | tr '\n' ' ')"
 flock -n 9 || { echo "busy $note"; exit 0; }
 write() { dd of="$file" conv=nocreat oflag=nofollow status=none 2>/dev/null; }
@@ -15,3 +24,14 @@ trap : HUP TERM INT PIPE
 echo "held $note"
 while [ -n "$(timeout "$3" dd bs=64 count=1 status=none)" ]; do :; done
 write </dev/null
+END
+)
+folder="${MIXTRAL_RUN_LOCK_FOLDER:-$2}" password=
+[ "$4" != password ] || IFS= read -r password
+[ "$(id -u)" != 0 ] && [ ! -O "$folder" ] || exec sh -c "$program" lock "$1" "$folder" "$3"
+! sudo -n true 2>/dev/null || exec sudo -n sh -c "$program" lock "$1" "$folder" "$3"
+if [ -n "$password" ] && printf '%s\n' "$password" | sudo -S -p '' true 2>/dev/null; then
+    { printf '%s\n' "$password"; exec cat; } | sudo -S -p '' sh -c "$program" lock "$1" "$folder" "$3"
+    exit
+fi
+echo "without $folder/setup.lock belongs to root, and sudo refuses $(id -un) or asks for a password"

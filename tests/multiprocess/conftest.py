@@ -4,7 +4,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +17,7 @@ from mixtral_run.trial.random_mixtral import write_random_mixtral
 from mixtral_run.trial.sizes import tokenizer_texts
 from tests.support.needs import missing
 from tests.support.processes import warm
+from tests.support.servers.s3_server import BUCKET, s3_server
 
 SMALL = MixtralArchitecture(
     num_layers=2,
@@ -69,6 +72,19 @@ def own_hf_model(small_hf_model: Path, tmp_path: Path) -> Path:
     """A copy that a test may write into."""
     shutil.copytree(small_hf_model, tmp_path / "base")
     return tmp_path / "base"
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The client of a server with one bucket, whose address and keys are in the environment."""
+    import boto3
+
+    with s3_server() as variables:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        client = boto3.client("s3", region_name="us-east-1")
+        client.create_bucket(Bucket=BUCKET)
+        yield client
 
 
 def environment_of(**changes: str) -> dict[str, str]:

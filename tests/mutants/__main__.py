@@ -2,7 +2,7 @@
 
 cosmic-ray makes the changes, in a copy of the working tree. One pytest collects the tests of a room and forks for every
 change. Each runs only the tests that run its line, the fastest first, until one fails. A change of what runs when a
-module is imported takes a pytest that has not imported it, and all tests of the room.
+module is imported takes a pytest that has not imported it, and the tests that run or name the module.
 
 A sample is drawn at random, by a seed: each possible change of a room is as likely as any other. Exit code 1 if fewer
 than the wanted share was noticed.

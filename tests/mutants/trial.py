@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -130,13 +131,13 @@ def _noticed_by(room: Room, mutant: Mutant, change: Change, cold: _Cold) -> tupl
     at_import = bool(changed & room.baseline.imported)
     left_out = set(room.baseline.failed)
     while True:
-        names = _tests_for(room, set() if at_import else changed, str(path), left_out)
+        names = _tests_near(room, path, left_out) if at_import else _tests_for(room, changed, str(path), left_out)
         if not names:
             return "", False
         failed, late = _in_warm(room, names, change)
         if failed is None or (at_import and not failed and not late):
             # A value that was exchanged may have been used in another module before.
-            names = _tests_for(room, set(), str(path), left_out)
+            names = _tests_near(room, path, left_out)
             failed, late = cold.run(names, *_limits(room, names))
         if late or not failed or _passes_alone(room, failed):
             return failed or "", late
@@ -145,19 +146,40 @@ def _noticed_by(room: Room, mutant: Mutant, change: Change, cold: _Cold) -> tupl
 
 
 def _tests_for(room: Room, changed: set[tuple[str, int]], file: str, left_out: set[str]) -> list[str]:
-    """Return the tests that run these lines, or all; those that run the file come first, and slow ones last."""
-    baseline = room.baseline
+    """Return the tests that run these lines, and those of which that is not known."""
+    lines, opaque = room.baseline.lines, room.baseline.opaque
+    found = [name for name, each in lines.items() if name not in left_out and (each & changed or name in opaque)]
+    return _ranked(room, found, {file})
 
-    def rank(name: str) -> tuple[bool, float]:
-        touches = any(each == file for each, _ in baseline.lines[name])
-        return not touches, baseline.seconds[name]
 
+def _tests_near(room: Room, path: Path, left_out: set[str]) -> list[str]:
+    """Return the tests for what a module does when it is imported, and for its constants and classes.
+
+    They run a line of the module or of one that names it, or stand in a file that names it.
+    """
+
+    def names_it(file: Path) -> bool:
+        return re.search(rf"\b{path.stem}\b", file.read_text(encoding="utf-8")) is not None
+
+    near = {str(each) for each in modules_of(room.name, room.copy) if each == path or names_it(each)}
+    files = {name: name.split("::")[0] for name in room.baseline.lines if name not in left_out}
+    naming = {each for each in set(files.values()) if names_it(room.copy / each)}
+    opaque = room.baseline.opaque
     found = [
         name
-        for name, lines in baseline.lines.items()
-        if name not in left_out and (not changed or lines & changed or name in baseline.opaque)
+        for name, file in files.items()
+        if file in naming or name in opaque or any(each in near for each, _ in room.baseline.lines[name])
     ]
-    return sorted(found, key=rank)
+    return _ranked(room, found, {str(path)})
+
+
+def _ranked(room: Room, names: Sequence[str], files: set[str]) -> list[str]:
+    """Return the tests in order: those that run a line of the files come first, and slow ones last."""
+
+    def rank(name: str) -> tuple[bool, float]:
+        return not any(each in files for each, _ in room.baseline.lines[name]), room.baseline.seconds[name]
+
+    return sorted(names, key=rank)
 
 
 def _limits(room: Room, names: Sequence[str]) -> tuple[float, int]:

@@ -29,7 +29,7 @@ MORE_MEMORY = 4 << 30
 LARGEST_FILE = 1 << 31
 Change = tuple[Path, int, str, str]
 """A file, the line that has changed, and the text before and after."""
-PROCESSES = ("os.fork", "subprocess.Popen", "os.posix_spawn")
+PROGRAMS = ("subprocess.Popen", "os.posix_spawn")
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Baseline:
     """What the tests do without a change.
 
     lines: of each test, those that it runs, its fixtures included. seconds: of each test. imported: lines that run
-    while the tests are collected. opaque: tests that start processes or run very many lines; not all that they run is
+    while the tests are collected. opaque: tests that start a Python or run very many lines; not all that they run is
     known. failed: these are left out.
     """
 
@@ -56,6 +56,12 @@ class Ran:
     late: bool = False
 
 
+def runs_product(arguments: Sequence[Any]) -> bool:
+    """Return True if a program that is started may run code of the product. arguments: of the audit event."""
+    words = repr(arguments[:2])
+    return "python" in words or "bin/mixtral-run" in words
+
+
 class Recorder:
     """Plugin of a baseline: which lines each test runs, how long it takes, and whether it passes."""
 
@@ -67,7 +73,7 @@ class Recorder:
         sys.addaudithook(self._event)
 
     def _event(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if event in PROCESSES and self._item:
+        if self._item and (event == "os.fork" or (event in PROGRAMS and runs_product(arguments))):
             self.baseline.opaque.add(self._item)
 
     @pytest.hookimpl(wrapper=True)

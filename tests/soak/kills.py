@@ -37,6 +37,19 @@ SECONDS_TO_END = 10
 """Time in which the processes of a killed job have to be gone."""
 
 
+Start = Callable[[Sequence[str]], "subprocess.Popen[str]"]
+"""Start `mixtral-run` with arguments. The process leads a process group; its stdout has all that it prints."""
+
+
+def new_interpreter(words: Sequence[str]) -> subprocess.Popen[str]:
+    """Start the command as a user does."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "mixtral_run", *words],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
 @dataclass
 class Kills:
     """Result of the trials of one verb. in_saves: kills that cut off a checkpoint."""
@@ -48,7 +61,9 @@ class Kills:
     problems: tuple[str, ...] = ()
 
 
-def kill_conversions(folder: Path, count: int, deadline: float, number: int = 0) -> Kills:
+def kill_conversions(
+    folder: Path, count: int, deadline: float, number: int = 0, start: Start = new_interpreter
+) -> Kills:
     """Kill `convert` at least `count` times; the files must be those of an undisturbed conversion."""
     model, whole = folder / "model", folder / "whole"
     write_random_mixtral(
@@ -56,7 +71,7 @@ def kill_conversions(folder: Path, count: int, deadline: float, number: int = 0)
         initializer_range=0.1,
     )  # fmt: skip
     words = ["convert", "--hf-model-path", str(model), "--output-path"]
-    seconds = _run([*words, str(whole)])
+    seconds = _run(start, [*words, str(whole)])
     found, draw = Kills("convert"), random.Random(number)
     while found.kills < count and time.monotonic() < deadline:
         output = folder / "output"
@@ -64,7 +79,7 @@ def kill_conversions(folder: Path, count: int, deadline: float, number: int = 0)
         def more() -> list[str] | None:
             return None if output.exists() else []  # noqa: B023 - called within this turn
 
-        found.kills += _until_done([*words, str(output)], more, seconds, draw, found)
+        found.kills += _until_done(start, [*words, str(output)], more, seconds, draw, found)
         if _files(output) != _files(whole):
             found.problems += (f"trial {found.trials}: the files differ",)
         shutil.rmtree(output)
@@ -76,14 +91,14 @@ def kill_conversions(folder: Path, count: int, deadline: float, number: int = 0)
     return found
 
 
-def kill_trainings(folder: Path, count: int, deadline: float, number: int = 0) -> Kills:
+def kill_trainings(folder: Path, count: int, deadline: float, number: int = 0, start: Start = new_interpreter) -> Kills:
     """Kill `finetune` at least `count` times and resume it; adapter and metrics must be those of an undisturbed run."""
     model, whole, save = folder / "model", folder / "whole", folder / "save"
     if not model.exists():
         raise ValueError("kill_conversions writes the model")
     words = ["finetune", "--load", str(model), *TRAINING, "--save"]
     shutil.rmtree(whole, ignore_errors=True)
-    seconds = _run([*words, str(whole)])
+    seconds = _run(start, [*words, str(whole)])
     expected, metrics = _adapter(whole), _losses(whole)
     found, draw = Kills("finetune"), random.Random(number)
     while found.kills < count and time.monotonic() < deadline:
@@ -94,7 +109,7 @@ def kill_trainings(folder: Path, count: int, deadline: float, number: int = 0) -
             shutil.rmtree(save, ignore_errors=True)
             return []
 
-        found.kills += _until_done([*words, str(save)], more, seconds, draw, found, save)
+        found.kills += _until_done(start, [*words, str(save)], more, seconds, draw, found, save)
         if _adapter(save) != expected:
             found.problems += (f"trial {found.trials}: the adapter differs",)
         if _losses(save) != metrics:
@@ -104,6 +119,7 @@ def kill_trainings(folder: Path, count: int, deadline: float, number: int = 0) -
 
 
 def _until_done(
+    start: Start,
     words: Sequence[str],
     more: Callable[[], list[str] | None],
     seconds: float,
@@ -122,7 +138,7 @@ def _until_done(
         arguments = more()
         if arguments is None:
             return kills
-        process = _start([*words, *arguments])
+        process = start([*words, *arguments])
         limit = draw.uniform(0.05, 1.0) * seconds if kills < MOST_KILLS_IN_A_TRIAL else 20 * seconds
         try:
             output = process.communicate(timeout=limit)[0]
@@ -139,26 +155,18 @@ def _until_done(
                 os.killpg(process.pid, signal.SIGKILL)
             continue
         if process.returncode:
-            last = output.decode(errors="replace").strip()[-500:]
+            last = output.strip()[-500:]
             found.problems += (f"trial {found.trials}: exit code {process.returncode} after {kills} kills: {last}",)
         return kills
 
 
-def _start(words: Sequence[str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "mixtral_run", *words],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-
-
-def _run(words: Sequence[str]) -> float:
+def _run(start: Start, words: Sequence[str]) -> float:
     """Run a command undisturbed and return its seconds."""
     began = time.monotonic()
-    process = _start(words)
+    process = start(words)
     output = process.communicate()[0]
     if process.returncode:
-        raise RuntimeError(output.decode(errors="replace"))
+        raise RuntimeError(output)
     return time.monotonic() - began
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from mixtral_run.config.data import MIXTRAL_TEMPLATE
@@ -14,6 +15,7 @@ from mixtral_run.train.data.templates.open_template import open_chat_template
 from tests.support.examples import conversation
 
 
+@cache
 def instruct_form(tokenizer: Any) -> ChatTemplate:
     return open_chat_template(MIXTRAL_TEMPLATE, tokenizer)
 

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,9 @@ class Scenario:
         for fact in (self.folder, sys.version, platform.release(), engine, *settings, *packages):
             digest.update(f"{fact}\n".encode())
         for path in self.inputs():
-            content = hashlib.sha256(path.read_bytes()).hexdigest()
-            digest.update(f"{path.relative_to(self.root)} {os.access(path, os.X_OK)} {content}\n".encode())
+            digest.update(
+                f"{path.relative_to(self.root)} {os.access(path, os.X_OK)} {_content(*_state(path))}\n".encode()
+            )
         return digest.hexdigest()
 
     def passed(self, key: str) -> Passed | None:
@@ -120,8 +122,7 @@ class Scenario:
         found: set[Path] = set()
         waiting = list(paths)
         while waiting:
-            text = waiting.pop().read_text(encoding="utf-8")
-            for module, names in IMPORT.findall(text):
+            for module, names in _imports(*_state(waiting.pop())):
                 for name in (module, *(f"{module}.{each}" for each in re.findall(r"\w+", names))):
                     parts = name.split(".")
                     packages = [self.root.joinpath(*parts[:end], "__init__.py") for end in range(1, len(parts) + 1)]
@@ -150,13 +151,34 @@ class Scenario:
             path = waiting.pop()
             if path.suffix != ".yml":
                 continue
-            for name in _names_of_roles(yaml.load(path.read_text(encoding="utf-8"), YAML_LOADER)):
+            for name in _roles_in(*_state(path)):
                 if name not in known:
                     return known
                 if name not in roles:
                     roles.add(name)
                     waiting += [each for each in _files(self.root / "roles" / name) if "molecule" not in each.parts]
         return roles
+
+
+def _state(path: Path) -> tuple[Path, int, int]:
+    """Return what tells a file from an earlier state of it, which this process has read before."""
+    found = path.stat()
+    return path, found.st_mtime_ns, found.st_size
+
+
+@cache
+def _content(path: Path, _: int, __: int) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@cache
+def _imports(path: Path, _: int, __: int) -> list[tuple[str, str]]:
+    return IMPORT.findall(path.read_text(encoding="utf-8"))
+
+
+@cache
+def _roles_in(path: Path, _: int, __: int) -> list[str]:
+    return list(_names_of_roles(yaml.load(path.read_text(encoding="utf-8"), YAML_LOADER)))
 
 
 def _files(place: Path) -> Iterator[Path]:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.mutants.swap import MOST_EVENTS, LineTrace, exchange, exchange_values, functions_of, statement_lines
+from tests.mutants.warm import runs_product
 
 TEXT = """import functools
 
@@ -128,3 +129,10 @@ def test_the_lines_that_run(module: Any) -> None:
     module.plain(3)
     trace.stop()
     assert trace.num_events == MOST_EVENTS + 1 and not any(line == 10 for _, line in trace.current)
+
+
+def test_programs_that_may_run_code_of_the_product() -> None:
+    """Of a program in a shell no line is changed: its test runs only where it runs the line itself."""
+    assert runs_product((sys.executable, [sys.executable, "-m", "x"], None, {}))
+    assert runs_product(("/bin/sh", ["sh", "-c", "exec python3 x"], None, None))
+    assert not runs_product(("docker", ["docker", "run", "mixtral-run-model"], None, {"A": "python"}))

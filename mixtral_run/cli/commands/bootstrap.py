@@ -37,6 +37,12 @@ _provision = partial(click.option, cls=Option, section="Provisioning")
 @_provision("--tags", metavar="ROLE,…", help="Only these roles, such as docker,swap.")
 @_provision("-e", "--extra-vars", multiple=True, metavar="NAME=VALUE|@FILE", help="Variables of the roles.")
 @_secret("--hf-token-file", metavar="FILE", help="File with a Hugging Face token. -: prompt for the token.")
+@_secret(
+    "--store-keys-file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="File with the keys of S3, in the form of ~/.aws/credentials, for jobs with --save s3://… on the hosts.",
+)
 @_secret("-K", "--ask-become-pass", is_flag=True, help="Prompt for the sudo password.")
 @_secret(
     "-k", "--ask-pass", is_flag=True, help="Prompt for the SSH password once, to install your SSH key on the hosts."

@@ -19,7 +19,7 @@ _inventory = _option(
     cls=VerbCommand, examples=('cordon gpu-03 --reason "Xid 79 on GPU 5"', "cordon gpu-01 gpu-02 --reason maintenance")
 )
 @click.argument("hosts", nargs=-1, required=True, metavar="[USER@]HOST[:PORT]...")
-@_option("--reason", required=True, metavar="TEXT", help="Why. `status` and refused jobs show it.  [required]")
+@_option("--reason", required=True, metavar="TEXT", help="Why. `status` and refused jobs show it.")
 @_inventory
 def cordon(hosts: tuple[str, ...], reason: str, inventory: Path | None) -> None:
     """Let no new job of --on start on hosts, whoever starts it. Running jobs continue. Who and why is recorded there.

@@ -34,7 +34,7 @@ def _none(note: str) -> ForeignName:
     return ForeignName((), note)
 
 
-_SAVE = _same("save", "output-path")
+_SAVE = _same("save", "output-path", "output-file")
 _LOAD = _either(
     load="a converted checkpoint, an HF model's directory or its name on the hub",
     hf_model_path="an HF model's directory or its name on the hub",
@@ -93,7 +93,9 @@ _TOKEN = _none("a token is never given as a flag: log in with `hf auth login`, o
 FOREIGN_FLAGS: dict[str, ForeignName] = {
     **dict.fromkeys(("learning-rate", "peak-lr", "max-lr"), _same("lr")),
     **dict.fromkeys(("min-learning-rate", "lr-min"), _same("min-lr")),
-    **dict.fromkeys(("output-dir", "output", "out-dir", "save-dir", "output-folder", "checkpoint-dir"), _SAVE),
+    **dict.fromkeys(("output-dir", "output", "out", "out-dir", "save-dir", "output-folder", "checkpoint-dir"), _SAVE),
+    # The verbs' own words for one thing differ: what one verb writes with --save, another writes with --output-path.
+    **dict.fromkeys(("save", "output-path", "output-file"), _SAVE),
     **dict.fromkeys(
         (
             "model",

@@ -29,9 +29,11 @@ class PretrainConfig(SplitRowsLaunchConfig, RunConfig):
     save: Path | None = setting(
         None,
         help="Folder for the checkpoints: all weights, as a base that every verb takes as --load, and the state of the "
-        "optimizer. Must be new or empty unless --resume. Without it nothing is saved.",
+        "optimizer. Must be new or empty unless --resume. A URL, such as s3://bucket/run: they are saved on this "
+        "machine, and copied there while the training continues. Without it nothing is saved.",
         aliases=("output_path",),
         section=OUTPUT,
+        store="output",
     )
     context_parallel_size: int | None = setting(
         None,

@@ -22,7 +22,7 @@ from mixtral_run.fleet.explain.explain import record_failures
 from mixtral_run.fleet.hosts import Host, find_hosts, remember_hosts
 from mixtral_run.fleet.plays.provisioning import playbook, role_names
 from mixtral_run.fleet.plays.runner import Play, PlayEnd, RunningPlay, forget_old_plays, parse_extra_vars
-from mixtral_run.fleet.secrets import token_problem
+from mixtral_run.fleet.secrets import keys_problem, token_problem
 from mixtral_run.fleet.selection import hosts_of, inventory_of, refuse_lost_variables
 from mixtral_run.fleet.ssh.connection import Ssh, connection_options
 from mixtral_run.fleet.ssh.problems import connection_error
@@ -35,6 +35,7 @@ KEEP_CONNECTION = ("-o", "ControlMaster=auto", "-o", "ControlPersist=300s", "-o"
 """The same options as in ansible.cfg for manual plays. They come first: ssh uses the first value of an option."""
 LOCK_HELD = {"mixtral_lock_held": True}
 """Variable of a play for hosts whose lock this process holds: the play, which could run alone, does not take it."""
+ROLE_OF_SECRETS = "hf_cache"
 RETRY_COMMAND = "mixtral-run bootstrap --retry"
 
 
@@ -52,6 +53,7 @@ class BootstrapRequest:
     forks: int = DEFAULT_FORKS
     serial: str | None = None
     hf_token_file: Path | None = None
+    store_keys_file: Path | None = None
     ask_become_pass: bool = False
     accept_new_host_key: tuple[str, ...] = ()
     become_password: str | None = field(default=None, repr=False)
@@ -60,6 +62,9 @@ class BootstrapRequest:
     def again_with(self, given: Mapping[str, Any]) -> BootstrapRequest:
         """Return these settings with the given ones replaced. Extra variables are appended to the existing ones."""
         more = {name: value for name, value in given.items() if value}
+        if "tags" in more and ROLE_OF_SECRETS not in more["tags"]:
+            # They were for a role that this bootstrap leaves out.
+            more = {"hf_token_file": None, "store_keys_file": None, **more}
         more["extra_vars"] = (*self.extra_vars, *given.get("extra_vars", ()))
         return dataclasses.replace(self, **more)
 
@@ -82,7 +87,7 @@ class BootstrapRequest:
         for name in known:
             value = values[name]
             found[name] = tuple(value) if isinstance(value, list) else value
-            if name in ("inventory", "hf_token_file") and value:
+            if name in ("inventory", "hf_token_file", "store_keys_file") and value:
                 found[name] = Path(value)
         return cls(**found)
 
@@ -157,7 +162,7 @@ def _set_up(
     remember_hosts(host for host in reachable)
     end, interrupted = None, False
     # --check changes nothing.
-    with hold_locks(ssh, () if request.check else reachable, "mixtral-run bootstrap") as locks:
+    with hold_locks(ssh, () if request.check else reachable, "mixtral-run bootstrap", request.become_password) as locks:
         notices += [progress.unreachable(host.inventory_name, str(each)) for host, each in locks.problems.items()]
         notices += [Notice(host.name, "warning", text) for host, text in locks.notes.items()]
         free = tuple(host for host in reachable if host not in locks.problems)
@@ -188,10 +193,17 @@ def _with_own_inventory(request: BootstrapRequest) -> BootstrapRequest:
 def _check_request(request: BootstrapRequest) -> None:
     problems = []
     parse_extra_vars(request.extra_vars)
-    token = request.hf_token_file
-    problem = token_problem(token) if token is not None else None
-    if problem is not None:
-        problems.append(f"--hf-token-file {token}: {problem}")
+    secrets = (
+        ("--hf-token-file", request.hf_token_file, token_problem),
+        ("--store-keys-file", request.store_keys_file, keys_problem),
+    )
+    for flag, file, problem_of in secrets:
+        if file is None:
+            continue
+        if (problem := problem_of(file.expanduser())) is not None:
+            problems.append(f"{flag} {file}: {problem}")
+        if request.tags and ROLE_OF_SECRETS not in request.tags:
+            problems.append(f"{flag}: expected {ROLE_OF_SECRETS} among --tags, the role that writes it to the hosts")
     roles = role_names()
     unknown = [tag for tag in request.tags if tag not in (*roles, "always")]
     if unknown:
@@ -238,7 +250,9 @@ def _first_contact(ssh: Ssh, host: Host, request: BootstrapRequest, accept_new_k
 def _play(request: BootstrapRequest, hosts: tuple[Host, ...], ssh: Ssh) -> Play:
     variables: dict[str, Any] = dict(LOCK_HELD)
     if request.hf_token_file is not None:
-        variables["hf_cache_token_file"] = str(request.hf_token_file.resolve())
+        variables["hf_cache_token_file"] = _absolute(request.hf_token_file)
+    if request.store_keys_file is not None:
+        variables["hf_cache_store_keys_file"] = _absolute(request.store_keys_file)
     forks = min(request.forks, len(hosts))
     if request.serial:
         # Ansible's own serial starts no further batch after all hosts of one batch have failed.

@@ -11,8 +11,9 @@ import getpass
 import json
 import subprocess
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from mixtral_run.errors import HostError
 from mixtral_run.fleet.hosts import Host
@@ -23,11 +24,12 @@ from mixtral_run.fleet.ssh.streams import text_of
 from mixtral_run.fleet.untrusted import one_line, parse_json
 from mixtral_run.run_lock import Holder
 
-FOLDER = "/run/lock"
-"""Every user of a host may create files here, and nobody may remove those of others."""
+FOLDER = "/run/mixtral-run"
+"""Belongs to root, as the lock in it does: any user who can open a lock can hold it."""
 SIGN_SECONDS, SILENT_SECONDS = 15, 60
 ANSWER_SECONDS = 45
 MAX_NOTE_BYTES = 4096
+Taken = tuple["subprocess.Popen[bytes]", str, str]
 
 
 def _script() -> str:
@@ -50,20 +52,20 @@ class Held:
 
 
 @contextlib.contextmanager
-def hold_locks(ssh: Ssh, hosts: Sequence[Host], command: str) -> Iterator[Held]:
-    """Hold the lock of each host while the block runs. command: such as `mixtral-run bootstrap`.
+def hold_locks(ssh: Ssh, hosts: Sequence[Host], command: str, password: str | None = None) -> Iterator[Held]:
+    """Hold the lock of each host while the block runs.
 
+    command: such as `mixtral-run bootstrap`. password: for sudo, where sudo asks for one, because root holds the lock.
     A host whose lock another operator holds is in `problems`. One that has no locks is in `notes` and stays unlocked.
     """
     held = Held()
     over = threading.Event()
     note = _note(command)
     mine: dict[int, Host] = {}
-    signs = threading.Thread(target=_give_signs, args=(ssh, note, held, mine, over), daemon=True)
+    take = partial(_take, ssh, note=note, password=password)
+    signs = threading.Thread(target=_give_signs, args=(take, held, mine, over), daemon=True)
     try:
-        for host, (process, kind, text) in zip(
-            hosts, ssh.each(hosts, lambda host: _take(ssh, host, note)), strict=True
-        ):
+        for host, (process, kind, text) in zip(hosts, ssh.each(hosts, take), strict=True):
             held.processes.append(process)
             if kind == "held":
                 mine[len(held.processes) - 1] = host
@@ -84,11 +86,16 @@ def _note(command: str) -> str:
     return json.dumps({**values, "since": holder.since})
 
 
-def _take(ssh: Ssh, host: Host, note: str) -> tuple[subprocess.Popen[bytes], str, str]:
+def _take(ssh: Ssh, host: Host, note: str, password: str | None) -> Taken:
     """Start the process on the host that takes the lock. Return it, the first word of its answer, and the rest."""
     argv = ["sh", "-c", _script(), "lock", note, FOLDER, str(SILENT_SECONDS)]
-    process = ssh.start(host, argv)
+    process = ssh.start(host, argv if password is None else [*argv, "password"])
+    assert process.stdin is not None
     assert process.stdout is not None
+    if password is not None:
+        with contextlib.suppress(OSError):  # the connection failed: its answer says why
+            process.stdin.write(f"{password}\n".encode())
+            process.stdin.flush()
     late = threading.Timer(ANSWER_SECONDS, process.kill)
     late.start()
     try:
@@ -122,7 +129,7 @@ def _sort(held: Held, host: Host, kind: str, text: str) -> None:
 
 
 def holder_text(note: str) -> str:
-    """Return who holds a lock, in words. Any user of the host may have written the note."""
+    """Return who holds a lock, in words. The note comes from the host, which is not trusted."""
     try:
         values = parse_json(note)
         words = [one_line(values[name], 80) for name in ("command", "user", "host", "since")]
@@ -134,7 +141,7 @@ def holder_text(note: str) -> str:
     return f"{words[0]} by {words[1]}@{words[2]}, process {pid}, since {words[3]}"
 
 
-def _give_signs(ssh: Ssh, note: str, held: Held, mine: Mapping[int, Host], over: threading.Event) -> None:
+def _give_signs(take: Callable[[Host], Taken], held: Held, mine: Mapping[int, Host], over: threading.Event) -> None:
     """Write a sign of life to each process, until `over`. mine: the host of each process that holds a lock.
 
     A lock whose connection ended, because its host rebooted or the network failed, is taken again.
@@ -144,7 +151,7 @@ def _give_signs(ssh: Ssh, note: str, held: Held, mine: Mapping[int, Host], over:
         for index, process in enumerate(held.processes):
             if index in mine and process.poll() is not None:
                 if index not in taking or not taking[index].is_alive():
-                    words = (ssh, mine[index], note, held, index, over)
+                    words = (take, mine[index], held, index, over)
                     taking[index] = threading.Thread(target=_take_again, args=words, daemon=True)
                     taking[index].start()
                 continue
@@ -154,8 +161,8 @@ def _give_signs(ssh: Ssh, note: str, held: Held, mine: Mapping[int, Host], over:
                 process.stdin.flush()
 
 
-def _take_again(ssh: Ssh, host: Host, note: str, held: Held, index: int, over: threading.Event) -> None:
-    process, kind, text = _take(ssh, host, note)
+def _take_again(take: Callable[[Host], Taken], host: Host, held: Held, index: int, over: threading.Event) -> None:
+    process, kind, text = take(host)
     if kind == "held":
         held.processes[index] = process
     if kind == "busy" and host not in held.lost:

@@ -134,7 +134,7 @@ def teardown(
         return seen
     if not confirm(f"Take all of this back from {shortened([host.name for host in hosts])}?"):
         return None
-    with hold_locks(ssh, hosts, "mixtral-run teardown") as locks:
+    with hold_locks(ssh, hosts, "mixtral-run teardown", request.become_password) as locks:
         if len(locks.problems) == len(hosts):
             raise HostError("Nothing was changed.", problems=[str(each) for each in locks.problems.values()])
         for host, text in locks.notes.items():

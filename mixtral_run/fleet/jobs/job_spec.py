@@ -105,8 +105,8 @@ class JobOptions:
             elif SECRET_VARIABLES.search(name):
                 problems.append(
                     f"--env {name}: `docker inspect` or a manifest would show the value; for a token use "
-                    "bootstrap --hf-token-file, or --token-secret with --launcher kubernetes; for keys of a store the "
-                    "file HF_HOME/store-credentials, or --store-secret"
+                    "bootstrap --hf-token-file, or --token-secret with --launcher kubernetes; for keys of a store "
+                    "bootstrap --store-keys-file, which writes HF_HOME/store-credentials, or --store-secret"
                 )
         for limit in self.ulimits if self.ulimits != ("none",) else ():
             if not re.fullmatch(r"[a-z]+=-?\d+(:-?\d+)?", limit):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 import time
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
-from mixtral_run.config.fields import Config, flag_of
+from mixtral_run.config.fields import SETTINGS_ERROR, Config, flag_of
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.launchers.base import LauncherConfig
 from mixtral_run.config.names.store_names import store_url
@@ -23,24 +23,33 @@ FLAGS = {"environment": "--env", "ulimits": "--ulimit", "on": "--on", "inventory
 
 def launch_job(
     name: str, verb: str, config: Config, options: JobOptions, settings: LauncherConfig, given: Collection[str],
-    dry_run: bool,
+    dry_run: bool, problems: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """Submit a job and follow it to its end; with `dry_run` print what would be submitted.
 
-    given: names of the fields of `options` that the user gave. Raises ConfigError for one that the launcher does not
-    use.
+    Args:
+        options, settings: as the user gave them; they are checked here.
+        given: names of the fields of `options` that the user gave.
+        problems: what is wrong already.
+
+    Raises ConfigError with these, with all that is wrong in the settings, and with what the launcher does not use.
     """
     launcher = launcher_of(name)
-    problems = [
+    problems = list(problems)
+    problems += [
         f"{FLAGS.get(each) or flag_of(each)}: --launcher {name} does not use it"
         for each in given
         if each in launcher.not_used | ONLY_ON_HOSTS
     ]
     if settings.nodes > 1 and not isinstance(config, LaunchConfig):
         problems.append(f"--nodes: {verb} runs on one node; found {settings.nodes}")
+    for checked in (settings, options):
+        try:
+            checked.check()
+        except ConfigError as error:
+            problems += error.problems or [error.what]
     if problems:
-        raise ConfigError("Some settings do not fit the launcher.", problems=problems)
-    options.check()
+        raise ConfigError(SETTINGS_ERROR, problems=problems)
     job = f"{verb}-{time.strftime('%m%d-%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:4]}"
     request = LaunchRequest(name=job, verb=verb, config=config, options=options, settings=settings)
     if dry_run:

@@ -26,7 +26,7 @@ def _load(sources):
         exec(compile(text, name, "exec"), sys.modules[name].__dict__)
 """
 
-_NEEDED = ("commands", "probe", "gpu.gpu_shortfalls")
+_NEEDED = ("commands", "probe", "gpu.gpu_driver", "gpu.gpu_shortfalls", "gpu.since_acceptance")
 """Modules of mixtral_run_host that `remote_status` imports. Those that they import are sent as well."""
 _IMPORT = re.compile(r"^ *from (\.+)([\w.]*) import ([\w, ]+)$", re.MULTILINE)
 

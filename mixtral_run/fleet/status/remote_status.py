@@ -27,10 +27,15 @@ MAX_NUMBER = 10**12
 def read_status(folders: dict[str, str]) -> dict[str, Any]:
     """Return all readings. `folders`: the checkpoints folder, the HF cache and the image name on this host."""
     from ansible.module_utils.mixtral_run_host import probe  # type: ignore[import-untyped]
-    from ansible.module_utils.mixtral_run_host.gpu import gpu_shortfalls  # type: ignore[import-untyped]
+    from ansible.module_utils.mixtral_run_host.gpu import (  # type: ignore[import-untyped]
+        gpu_driver,
+        gpu_shortfalls,
+        since_acceptance,
+    )
 
     found: dict[str, Any] = probe.host([folders["checkpoints"], folders["hf_home"], "/"])
     found["hostname"] = os.uname().nodename
+    found["nvlinks"] = gpu_driver.active_nvlinks() if found["gpus"] and since_acceptance.has_nvlinks(found) else None
     found["gpu_remarks"] = gpu_shortfalls.remarks(found)
     found["xid_errors"] = xid_errors()
     found["swap_used_gib"] = swap_used_gib()

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import secrets
 import shutil
+import socket
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from mixtral_run.config.verbs.training import RunConfig
-from mixtral_run.errors import WeightsError
+from mixtral_run.errors import ConfigError, WeightsError
 from mixtral_run.launch import processes
+from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.results.run_files import GROWING, METRICS, ROUTER
 from mixtral_run.run_lock import one_run
 from mixtral_run.terminal.report import Report
@@ -37,6 +44,58 @@ def own_output(lock: Path | None, verb: str) -> Iterator[None]:
         return
     with one_run(lock, f"mixtral-run {verb}", lock.parent):
         yield
+
+
+def check_shared(folder: Path, mesh: Mesh) -> None:
+    """Raise ConfigError on all ranks if the hosts of a job see different folders. All ranks must call.
+
+    Without it the first checkpoint would fail, perhaps hours later. The first process of each host writes a file, and
+    the first rank looks for all of them: an NFS client that never saw a name asks the server.
+    """
+    if int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world_size)) >= mesh.world_size:
+        return
+    token: list[Any] = [secrets.token_hex(8)]
+    dist.broadcast_object_list(token)
+    probe = folder / f".mixtral-run-probe-{token[0]}-{mesh.rank}"
+    own = None
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        own = (socket.gethostname(), probe.name, _written(probe))
+    found: list[Any] = [None] * mesh.world_size
+    dist.all_gather_object(found, own)
+    answer: list[Any] = [None]
+    if mesh.is_first:
+        hosts = [each for each in found if each is not None]
+        answer = [
+            [
+                f"{host}: {problem or 'writes to another folder of that name'}"
+                for host, name, problem in hosts
+                if problem or not (folder / name).is_file()
+            ]
+        ]
+    dist.broadcast_object_list(answer)
+    with contextlib.suppress(OSError):
+        probe.unlink(missing_ok=True)
+    if answer[0]:
+        if own is not None and not mesh.is_first:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise ConfigError(
+            "The hosts of the job do not share the folder of its checkpoints, of which each writes a part.",
+            where=str(folder),
+            expected="a folder on a file system that all hosts have at this path",
+            problems=answer[0],
+            next_command="--save on a shared file system; of --save s3://… the folder is MIXTRAL_RUN_STORE_CACHE",
+        )
+
+
+def _written(probe: Path) -> str | None:
+    """Write a file that other hosts look for. Return why it cannot be written, or None."""
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+    except OSError as error:
+        return f"cannot write there: {error.strerror}"
+    return None
 
 
 def num_checkpoints(config: RunConfig, start: int) -> int:

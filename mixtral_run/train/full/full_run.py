@@ -13,7 +13,7 @@ from mixtral_run.run_lock import LOCK_NAME
 from mixtral_run.terminal.report import Report
 from mixtral_run.train.checkpoints.newest_good import settle_resume
 from mixtral_run.train.checkpoints.resume_checks import check_full_resume, full_checkpoint_bytes
-from mixtral_run.train.checkpoints.run_folder import own_output, report_disk_use
+from mixtral_run.train.checkpoints.run_folder import check_shared, own_output, report_disk_use
 from mixtral_run.train.full.full_step import full_step
 from mixtral_run.train.full.resume import resume_full
 from mixtral_run.train.full.saving import FullSaver
@@ -38,6 +38,7 @@ def full_finetune(config: PretrainConfig) -> None:
     base = describe_base(config.load)
     with own_output(config.folder / LOCK_NAME, config.VERB), open_mesh(config) as mesh:
         report = Report() if mesh.is_first else Report.silent()
+        check_shared(config.folder, mesh)
         config = settle_resume(config, mesh, report)
         one_each = config.micro_batch_size * mesh.data_size
         config = dataclasses.replace(config, global_batch_size=config.global_batch_size or one_each)

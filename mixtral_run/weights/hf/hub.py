@@ -193,17 +193,19 @@ def _watched(hub_model: HubModel | None, report: Report) -> Iterator[None]:
         return
     report.say(f"  downloading {hub_model.missing_bytes:,} bytes of {hub_model.name} into {hub_model.cache}")
     blobs = hub_model.cache / f"models--{hub_name_and_revision(hub_model.name)[0].replace('/', '--')}" / "blobs"
-    before = _size(blobs)
-    with report.progress(hub_model.missing_bytes, "downloaded") as progress:
+    before, done, total = _size(blobs), 0, hub_model.missing_bytes
+    with report.progress(total, "downloaded") as progress:
 
-        def poll() -> None:
-            nonlocal before
-            now = _size(blobs)
-            progress.advance(max(0, now - before))
-            before = max(before, now)
+        def reach(now: int) -> None:
+            nonlocal done
+            if now > done:
+                progress.advance(now - done)
+                done = now
 
-        with repeating(_POLL_SECONDS, poll):
+        # The disk's blocks are a little more than the bytes, and the last look is a moment before the end.
+        with repeating(_POLL_SECONDS, lambda: reach(min(_size(blobs) - before, total))):
             yield
+        reach(total)
 
 
 def _size(folder: Path) -> int:

@@ -228,6 +228,17 @@ def read_checkpoint_manifest(folder: Path) -> BaseManifest | AdapterManifest:
     raise wrong_kind(folder, values["kind"], "a checkpoint", how_to_make)
 
 
+def read_iteration_manifest(folder: Path) -> AdapterManifest | TrainedManifest:
+    """Read the manifest of an iteration that training saved: of an adapter, or of all weights.
+
+    Raises WeightsError as `read_manifest` does, also for a base that was converted.
+    """
+    manifest = read_checkpoint_manifest(folder)
+    if not isinstance(manifest, AdapterManifest | TrainedManifest):
+        raise wrong_kind(folder, manifest.kind, "a checkpoint of a training run", AdapterManifest.HOW_TO_MAKE)
+    return manifest
+
+
 def is_trained(values: Mapping[str, Any]) -> bool:
     """Return True for the values of a base that full fine-tuning saved: one manifest in each of its iterations."""
     return values.get("kind") in BaseManifest.KINDS and "files" in values

@@ -30,7 +30,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Marker:
-    """A complete folder. validation_loss: that of an adapter's iteration, for --keep-best."""
+    """A complete folder. validation_loss: that of a run's iteration, for --keep-best."""
 
     files: Mapping[str, FileRecord]
     validation_loss: float | None = None

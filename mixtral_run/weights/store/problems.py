@@ -73,6 +73,7 @@ def store_error(error: BaseException, url: str, what: str, *, in_a_run: bool = F
             where=url,
             expected=_KEYS.get(scheme, "credentials that may read, and write where the command writes"),
             found=found,
+            next_command=_SEND_KEYS if scheme == "s3" else None,
         )
     if kind == MISSING:
         return ConfigError(
@@ -115,6 +116,10 @@ _KEYS = {
     "s3": "keys that may read, and write where the command writes: in HF_HOME/store-credentials, in ~/.aws, or as "
     "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 }
+_SEND_KEYS = (
+    "correct the keys; for jobs on hosts: mixtral-run bootstrap HOST --tags hf_cache --store-keys-file FILE; for "
+    "--launcher kubernetes: --store-secret NAME"
+)
 _LIST = {"s3": "aws s3 ls {url}/", "gs": "gcloud storage ls {url}/"}
 
 

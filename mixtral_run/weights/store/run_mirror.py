@@ -21,7 +21,7 @@ from mixtral_run.results.run_files import TENSORBOARD
 from mixtral_run.weights.io.atomic_folder import GIB
 from mixtral_run.weights.manifest.adapter_files import TOKENIZER
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST, iteration_of, kept_iterations, newest_iteration
-from mixtral_run.weights.manifest.manifest import AdapterManifest, read_manifest
+from mixtral_run.weights.manifest.manifest import read_iteration_manifest
 from mixtral_run.weights.store.folder import StoreFolder
 from mixtral_run.weights.store.journal import Journal, send_missing
 from mixtral_run.weights.store.local import LocalCopy
@@ -187,7 +187,7 @@ class RunMirror:
         source = self._linked(iteration)
         if source is None:
             return True  # removed meanwhile
-        manifest = read_manifest(source, AdapterManifest)
+        manifest = read_iteration_manifest(source)
         files = {f"{name}/{each.name}": each for each in source.iterdir() if each.is_file()}
         tokenizer = self._local.folder / TOKENIZER
         files |= {f"{TOKENIZER}/{each.name}": each for each in tokenizer.glob("*") if each.is_file()}
@@ -269,7 +269,7 @@ class RunMirror:
 def _is_same(folder: Path, marker: Marker) -> bool:
     """Return True if a marker has the checksums that the manifest of an iteration has for its files."""
     try:
-        manifest = read_manifest(folder, AdapterManifest)
+        manifest = read_iteration_manifest(folder)
     except WeightsError:
         return False
     in_store = {name.rpartition("/")[2]: each.crc32 for name, each in marker.files.items() if name.startswith("iter_")}

@@ -12,7 +12,7 @@ from mixtral_run.terminal.report import Report
 from mixtral_run.weights.io.files import write_atomically
 from mixtral_run.weights.manifest.adapter_files import TOKENIZER, file_problems
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST, iteration_of
-from mixtral_run.weights.manifest.manifest import AdapterManifest, read_manifest
+from mixtral_run.weights.manifest.manifest import read_iteration_manifest
 from mixtral_run.weights.store.folder import StoredObject, StoreFolder
 from mixtral_run.weights.store.marker import MARKER, Marker, is_safe_name
 from mixtral_run.weights.store.transfer import check_space, receive, receive_all
@@ -47,7 +47,7 @@ def newest_sound(folder: Path) -> int:
     found = {iteration_of(each): each for each in folder.glob("iter_*") if each.is_dir() and iteration_of(each)}
     for iteration in sorted(found, reverse=True):
         try:
-            manifest = read_manifest(found[iteration], AdapterManifest)
+            manifest = read_iteration_manifest(found[iteration])
         except WeightsError:
             continue
         if not file_problems(found[iteration], manifest.files, manifest.files):

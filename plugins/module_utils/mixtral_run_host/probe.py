@@ -183,6 +183,12 @@ def engine():
     return found
 
 
+def engine_version():
+    """Return the running engine's version, or None. Unlike `docker info`, it starts no plugin of the command line."""
+    answer = run(["docker", "version", "--format", "{{.Server.Version}}"], timeout=30)
+    return None if answer.code else answer.out.strip() or None
+
+
 def cdi(folders=CDI_FOLDERS):
     """Return path, number of GPUs and driver version of the NVIDIA CDI spec. All are None if there is no spec."""
     for folder in folders:

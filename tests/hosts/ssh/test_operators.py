@@ -23,7 +23,7 @@ from tests.hosts.conftest import PLAYBOOKS, HostMaker, Run
 from tests.hosts.light_hosts import LightHost
 
 ROOT = Path(__file__).parents[3]
-LOCK = "mixtral-run-setup.lock"
+LOCK = "setup.lock"
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from tests.multiprocess.conftest import environment_of
+from tests.support.processes import commands
 
 RUN = (sys.executable, "-m", "mixtral_run", "finetune", "--device", "cpu", "--nproc-per-node", "2", "--mock-data")
 SIZES = ("--tensor-model-parallel-size", "2", "--expert-model-parallel-size", "2", "--seq-length", "32")
@@ -50,8 +51,8 @@ def test_a_killed_parent_takes_its_processes_along(small_checkpoint: Path, tmp_p
     [("stopped", "is stopped by a signal"), ("loop", "does not come to the collective that the others wait in")],
 )
 def test_a_process_that_hangs_is_named(tmp_path: Path, how: str, why: str) -> None:
-    argv = [sys.executable, "-m", "tests.multiprocess.launching.hang_worker", how]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment_of()) as job:
+    argv = ["-m", "tests.multiprocess.launching.hang_worker", how]
+    with commands.start(argv, environment_of(), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as job:
         try:
             output, errors = job.communicate(timeout=60)
         except subprocess.TimeoutExpired:

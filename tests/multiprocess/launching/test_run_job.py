@@ -1,25 +1,14 @@
 """Jobs in real processes: the parent raises their errors once, with class, text and exit code."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
+from tests.multiprocess.conftest import environment_of
 from tests.multiprocess.launching.launch_worker import CONFIG
-
-ROOT = Path(__file__).parents[3]
+from tests.support.processes import warm
 
 
 def test_errors_of_one_process_and_of_all_reach_the_parent() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.multiprocess.launching.launch_worker"],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = warm.run(["-m", "tests.multiprocess.launching.launch_worker"], environment_of())
     assert done.returncode == 0, done.stderr
     one, every, bug, config = (json.loads(line) for line in done.stdout.splitlines())
     assert (one["class"], one["exit_code"], one["what"]) == ("WeightsError", 5, "Only rank 1.")

@@ -14,6 +14,7 @@ import pytest
 from mixtral_run.cli.main import root
 from mixtral_run.errors import HostError
 from mixtral_run.fleet.launchers.records import JobRecord, read_records
+from tests.support.processes.commands import forked_python
 from tests.support.servers.slurm_cluster import GPUS, SlurmCluster, running_cluster
 
 PATIENCE_SECONDS = 120
@@ -34,6 +35,15 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
     # Fixtures of this module call the command line in this process, before the one that restores the environment.
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def forked(cluster: SlurmCluster) -> tuple[str, ...]:
+    """Flags for the jobs of which another test has the same start by new interpreters: one that is queued again."""
+    folder = cluster.folder.parent / "bin"
+    folder.mkdir()
+    python = forked_python(folder)
+    return ("--python", python, "--env", f"PYTHON_EXEC={python}")
 
 
 def run(*words: str) -> None:
@@ -70,10 +80,12 @@ def losses(save: Path) -> list[tuple[int, float]]:
 
 
 @pytest.fixture(scope="module")
-def whole(cluster: SlurmCluster, small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(
+    cluster: SlurmCluster, forked: tuple[str, ...], small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The output of a run that nothing disturbed."""
     save = tmp_path_factory.mktemp("whole") / "adapter"
-    record = finetune(cluster, small_checkpoint, save)
+    record = finetune(cluster, small_checkpoint, save, *forked)
     printed = log(record)
     assert "LoRA fine-tuning complete" in printed and "finetune is done" in printed, printed
     assert "Traceback" not in printed
@@ -122,10 +134,14 @@ def test_a_job_is_queued_again_at_its_time_limit_and_continues(
 
 
 def test_a_job_that_is_stopped_saves_and_stays_stopped(
-    cluster: SlurmCluster, small_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    cluster: SlurmCluster,
+    forked: tuple[str, ...],
+    small_checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     save = tmp_path / "adapter"
-    record = finetune(cluster, small_checkpoint, save, "--detach", "--train-iters", "100000")
+    record = finetune(cluster, small_checkpoint, save, "--detach", "--train-iters", "100000", *forked)
     wait_for(record, "iteration 2/")
     run("stop", record.name)
     assert "has ended" in capsys.readouterr().out

@@ -1,11 +1,9 @@
 """SIGTERM to a job, in the words that its containers run: it saves, ends as stopped, and goes on with --resume."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,12 +14,13 @@ from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.fleet.jobs.host_facts import HostFacts
 from mixtral_run.fleet.jobs.job_spec import JobOptions, container_argv, make_spec
 from mixtral_run.fleet.jobs.jobs import SIGNALLED
-from tests.multiprocess.conftest import mixtral_run
+from tests.multiprocess.conftest import environment_of, mixtral_run
+from tests.support.processes import commands
 
 PATIENCE_SECONDS = 300
 
 
-def start(config: FinetuneConfig, folder: Path, num_hosts: int) -> list[subprocess.Popen[bytes]]:
+def start(config: FinetuneConfig, folder: Path, num_hosts: int) -> list[subprocess.Popen[str]]:
     """The programs of the hosts' containers; STAND-IN for two machines: both are this one."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -30,12 +29,12 @@ def start(config: FinetuneConfig, folder: Path, num_hosts: int) -> list[subproce
     argv = container_argv(spec, HostFacts(address="127.0.0.1"))
     program = argv[argv.index(spec.options.image) + 1 :]
     python = ["-m", "mixtral_run"] if program[0] == "mixtral-run" else []
-    words = [sys.executable, *python, *program[1:]]
+    words = [*python, *program[1:]]
     words[words.index("/job/config.json")] = str(folder / "config.json")
     (folder / "config.json").write_text(spec.config_json())
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = environment_of(GLOO_SOCKET_IFNAME="lo")
     return [
-        subprocess.Popen(words, stdout=(folder / f"{name}.log").open("wb"), stderr=subprocess.STDOUT, env=environment)
+        commands.start(words, environment, stdout=(folder / f"{name}.log").open("wb"), stderr=subprocess.STDOUT)
         for name in ("gpu-01", "gpu-02")[:num_hosts]
     ]
 

@@ -25,7 +25,7 @@ from mixtral_run.train.load_model import load_for_training
 from mixtral_run.weights.manifest.describe import describe_base, describe_trained
 from mixtral_run.weights.manifest.run_state import RunState
 
-STEPS, HALF, BATCH, LENGTH, VOCABULARY = 6, 3, 12, 12, 500
+STEPS, HALF, BATCH, LENGTH, VOCABULARY = 4, 2, 12, 12, 500
 CLIP, DECAY, AUX = 0.5, 0.1, 0.02
 RATES = [2e-3 * (step + 1) / 2 if step < 2 else 2e-3 - 2e-4 * step for step in range(STEPS)]
 

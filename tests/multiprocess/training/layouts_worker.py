@@ -1,11 +1,14 @@
 """Run under torchrun: logits, losses and a resumed run of one checkpoint in several layouts, written as JSON.
 
-torchrun … layouts_worker.py CHECKPOINT OUT.json TPxEP [TPxEP …]
+torchrun … layouts_worker.py CHECKPOINT OUT.json TPxEP[:plain] [TPxEP …]
+
+A plain layout has no runs with recomputation, all-gather dispatch, dropout or other sizes of chunks and micro batches.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -32,6 +35,7 @@ from mixtral_run.train.steps.sgd_in_backward import SgdInBackward
 from mixtral_run.train.steps.step import EagerBackward, losses_of, optimizer_step, train_step, trainable
 from mixtral_run.train.validation import Validation
 from mixtral_run.weights.manifest.describe import describe_adapter, describe_base
+from mixtral_run.weights.torch_dist import checkpoint_reader
 from tests.support.adapters import save_adapter
 
 ROWS = [[1, 5, 9, 200, 31, 7, 77, 8], [1, 300, 12], [1, 2, 3, 4, 5]]
@@ -123,7 +127,7 @@ def train(
 
 
 def pretrain(config: FinetuneConfig, mesh: Mesh, *, within: bool) -> list[tuple[float, float]]:
-    """Losses and gradient norms of three iterations of SGD over all weights, within the backward pass or after it."""
+    """Losses and gradient norms of two iterations of SGD over all weights, within the backward pass or after it."""
     base = describe_base(config.load)
     model = load_for_training(config, base, mesh, None, recompute=config.recomputation)
     if within:
@@ -140,7 +144,7 @@ def pretrain(config: FinetuneConfig, mesh: Mesh, *, within: bool) -> list[tuple[
         data_parallel_size=mesh.data_size,
         consumed_samples=0,
     )
-    results = [step(batch, 0.5) for _, batch in zip(range(3), stream, strict=False)]
+    results = [step(batch, 0.5) for _, batch in zip(range(2), stream, strict=False)]
     if within:
         assert all(each.grad is None for each in model.parameters()), "a gradient was kept"
         whole = sum(each.numel() * each.element_size() for each in model.parameters())
@@ -202,80 +206,93 @@ def packed_and_alone(model: MixtralModel, given: AllGatherDispatcher | None = No
 
 
 def run_layout(checkpoint: Path, out: Path, layout: str, saved_elsewhere: Path | None) -> dict[str, object]:
+    layout, _, which = layout.partition(":")
     config = config_of(checkpoint, out, layout)
     results: dict[str, Any] = {}
     num_experts = describe_base(checkpoint).architecture.num_experts
     with open_mesh(config) as mesh:
         model = load_for_inference(config, describe_base(checkpoint), mesh, None)
-        with torch.inference_mode():
-            results["logits"] = [
-                model.logits(torch.tensor([row], device=mesh.device))[0].double().cpu().tolist() for row in ROWS
-            ]
-        sampling = Sampling(6, 0.0, 1.0, 0)
-        results["greedy"] = continue_rows(model, ROWS, {2}, sampling)
-        results["greedy_staying"] = continue_rows(model, ROWS, {2}, sampling, decoding=FixedShapeDecoding)
-        results["greedy_alone"] = [continue_rows(model, [row], {2}, sampling)[0] for row in ROWS]
-        results["drawn"] = continue_rows(model, ROWS, {2}, Sampling(6, 1.0, 0.9, 7))
-        run = train(config, mesh, 0, 6)
+        results |= inference_of(model)
+        run = train(config, mesh, 0, 4)
         results["figures"], results["router"] = run["figures"], {"plain": run["router"][:2]}
         if saved_elsewhere is None:
-            half = train(config, mesh, 0, 3)
+            half = train(config, mesh, 0, 2)
             description = {
                 "lora": {"lora_rank": 4, "lora_alpha": 8.0, "lora_target_modules": list(config.lora_target_modules)},
                 "base": {"fingerprint": describe_base(checkpoint).fingerprint},
             }
-            save_adapter(half["model"], half["optimizer"], out, 3, description)
+            save_adapter(half["model"], half["optimizer"], out, 2, description)
         else:
-            results["resumed"] = train(config, mesh, 3, 6, resume=saved_elsewhere)["figures"]
-        recomputed = config_of(checkpoint, out, layout, recompute_activations=True)
-        for name, changed in (
-            ("recomputed", recomputed),
-            ("selective", config_of(checkpoint, out, layout, recompute="selective")),
-            ("expert_chunks", config_of(checkpoint, out, layout, expert_chunks=3)),
-        ):
-            again = train(changed, mesh, 0, 2)
-            results[name], results["router"][name] = again["figures"], again["router"]
-        results["gathered"] = {}
-        for spare in (2.0, 0.5):
-            # With too little room each step is taken again, row by row.
-            for mode in ("none", "selective", "full"):
-                with patch.object(capacity, "SPARE", spare):
-                    again = train(
-                        config_of(checkpoint, out, layout, recompute=mode),
-                        mesh,
-                        0,
-                        2,
-                        given=all_gather(mesh, num_experts),
-                    )
-                results["gathered"][f"{mode}, {spare:g}"] = again["figures"]
-                results["router"][f"gathered: {mode}, {spare:g}"] = again["router"]
-        chunked = config_of(checkpoint, out, layout, expert_chunks=3)
-        again = train(chunked, mesh, 0, 2, given=all_gather(mesh, num_experts, unlimited=True))
-        results["gathered"]["expert_chunks"], results["router"]["gathered: expert_chunks"] = (
-            again["figures"],
-            again["router"],
-        )
-        results["unlimited"] = apart_where_all_have_room(run["model"])
+            results["resumed"] = train(config, mesh, 2, 4, resume=saved_elsewhere)["figures"]
         results["validation"] = validation_losses(config, run["model"], 1), validation_losses(config, run["model"], 3)
         results["packed"] = packed_and_alone(run["model"])
-        results["packed, gathered"] = packed_and_alone(run["model"], all_gather(mesh, num_experts, unlimited=True))
-        results["dropout"] = {}
-        for mode in RECOMPUTE:
-            seed_everything(1, mesh.rank)
-            dropped = config_of(checkpoint, out, layout, recompute=mode, lora_dropout=0.3)
-            results["dropout"][mode] = train(dropped, mesh, 0, 2)["figures"]
         results["full"] = pretrain(config, mesh, within=False)
         results["full_within"] = pretrain(config, mesh, within=True)
-        results["full_within_recomputed"] = pretrain(recomputed, mesh, within=True)
-        selective = config_of(checkpoint, out, layout, recompute="selective")
-        offloaded = config_of(checkpoint, out, layout, recompute="offload")
-        results["full_within_offload"] = pretrain(offloaded, mesh, within=True)
-        results["full_within_selective"] = pretrain(selective, mesh, within=True)
-        if 8 // mesh.data_size >= 2:
-            results["micro_batch_2"] = train(config_of(checkpoint, out, layout, micro_batch_size=2), mesh, 0, 2)[
-                "figures"
-            ]
+        if mesh.expert_size > 1:
+            results["unlimited"] = apart_where_all_have_room(run["model"])
+            dispatcher = all_gather(mesh, num_experts, unlimited=True)
+            results["packed, gathered"] = packed_and_alone(run["model"], dispatcher)
+        if which == "plain":
+            return results
+        of_layout = functools.partial(config_of, checkpoint, out, layout)
+        add_variants(results, of_layout, mesh)
+        if mesh.expert_size > 1:
+            add_gathered(results, of_layout, mesh, num_experts)
     return results
+
+
+def inference_of(model: MixtralModel) -> dict[str, Any]:
+    """Return logits and continuations of ROWS. All ranks must call."""
+    with torch.inference_mode():
+        logits = [
+            model.logits(torch.tensor([row], device=model.mesh.device))[0].double().cpu().tolist() for row in ROWS
+        ]
+    greedy = Sampling(6, 0.0, 1.0, 0)
+    return {
+        "logits": logits,
+        "greedy": continue_rows(model, ROWS, {2}, greedy),
+        "greedy_staying": continue_rows(model, ROWS, {2}, greedy, decoding=FixedShapeDecoding),
+        "greedy_alone": [continue_rows(model, [row], {2}, greedy)[0] for row in ROWS],
+        "drawn": continue_rows(model, ROWS, {2}, Sampling(6, 1.0, 0.9, 7)),
+    }
+
+
+def add_variants(results: dict[str, Any], of_layout: Callable[..., FinetuneConfig], mesh: Mesh) -> None:
+    """Add runs that compute again, or in other pieces, and must have the same figures. All ranks must call."""
+    for name, changed in (
+        ("recomputed", of_layout(recompute_activations=True)),
+        ("selective", of_layout(recompute="selective")),
+        ("expert_chunks", of_layout(expert_chunks=3)),
+    ):
+        again = train(changed, mesh, 0, 2)
+        results[name], results["router"][name] = again["figures"], again["router"]
+    results["dropout"] = {}
+    for mode in RECOMPUTE:
+        seed_everything(1, mesh.rank)
+        results["dropout"][mode] = train(of_layout(recompute=mode, lora_dropout=0.3), mesh, 0, 2)["figures"]
+    for name, mode in (("recomputed", "full"), ("selective", "selective"), ("offload", "offload")):
+        results[f"full_within_{name}"] = pretrain(of_layout(recompute=mode), mesh, within=True)
+    if 8 // mesh.data_size >= 2:
+        results["micro_batch_2"] = train(of_layout(micro_batch_size=2), mesh, 0, 2)["figures"]
+
+
+def add_gathered(
+    results: dict[str, Any], of_layout: Callable[..., FinetuneConfig], mesh: Mesh, num_experts: int
+) -> None:
+    """Add runs whose tokens are gathered by every rank of an expert group. All ranks must call."""
+    results["gathered"] = {}
+
+    def add(name: str, config: FinetuneConfig, *, unlimited: bool = False) -> None:
+        dispatcher = all_gather(mesh, num_experts, unlimited=unlimited)
+        again = train(config, mesh, 0, 2, given=dispatcher)
+        results["gathered"][name], results["router"][f"gathered: {name}"] = again["figures"], again["router"]
+
+    for spare in (2.0, 0.5):
+        # With too little room each step is taken again, row by row.
+        for mode in ("none", "selective", "full"):
+            with patch.object(capacity, "SPARE", spare):
+                add(f"{mode}, {spare:g}", of_layout(recompute=mode))
+    add("expert_chunks", of_layout(expert_chunks=3), unlimited=True)
 
 
 def main(run: Callable[[Path, Path, str, Path | None], object] = run_layout) -> None:
@@ -285,10 +302,13 @@ def main(run: Callable[[Path, Path, str, Path | None], object] = run_layout) -> 
     saved: Path | None = None
     # Joining once: gloo does not join a second time under the same launcher.
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    for layout in layouts:
-        folder = out.with_name(f"{out.stem}-{layout}")
-        results[layout] = run(checkpoint, folder, layout, saved)
-        saved = saved or folder
+    # Every run loads the same base, which no run writes.
+    with patch.object(checkpoint_reader, "read_metadata", functools.cache(checkpoint_reader.read_metadata)):
+        for layout in layouts:
+            name = layout.partition(":")[0]
+            folder = out.with_name(f"{out.stem}-{name}")
+            results[name] = run(checkpoint, folder, layout, saved)
+            saved = saved or folder
     if torch.distributed.get_rank() == 0:
         out.write_text(json.dumps(results))
     torch.distributed.destroy_process_group()

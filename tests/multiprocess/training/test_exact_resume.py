@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import shutil
 from collections.abc import Iterator
@@ -11,10 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 import torch
-from moto.server import ThreadedMotoServer
 
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.verbs.training import FinetuneConfig
@@ -29,6 +26,7 @@ from mixtral_run.weights.manifest.describe import describe_adapter, describe_bas
 from mixtral_run.weights.torch_dist.checkpoint_reader import Reader
 from mixtral_run.weights.verify.verify import verify
 from tests.multiprocess.conftest import mixtral_run
+from tests.support.servers.s3_server import MARKER, SECRET, content, stored
 
 LATEST = "latest_checkpointed_iteration.txt"
 SETTINGS = (
@@ -37,8 +35,6 @@ SETTINGS = (
     "--lora-dropout", "0.3", "--lora-rank", "4", "--lr", "1e-2",
     "--train-iters", "6", "--save-interval", "3", "--eval-interval", "3", "--skip-bad-steps", "1", "--data-path",
 )  # fmt: skip
-MARKER = "mixtral_run_complete.json"
-SECRET = "aSecretThatMustBeInNoFile"
 ITERATIONS = [1, 2, 3, 4, 5, 6]
 
 
@@ -205,27 +201,6 @@ def test_a_marker_that_names_an_older_iteration_is_found(own: Path) -> None:
     load(own / "iter_0000003")
 
 
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A server that speaks S3, with one bucket; what comes from it is its own client, apart from the kit."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    _, port = server.get_host_and_port()
-    keys = {"AWS_ACCESS_KEY_ID": "AKIDOFTESTS", "AWS_SECRET_ACCESS_KEY": SECRET}
-    for name, value in {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", **keys}.items():
-        monkeypatch.setenv(name, value)
-    client = boto3.client("s3", region_name="us-east-1")
-    client.create_bucket(Bucket="bucket")
-    yield client
-    server.stop()
-
-
-def stored(client: Any) -> dict[str, int]:
-    found = client.list_objects_v2(Bucket="bucket").get("Contents", [])
-    return {each["Key"]: each["Size"] for each in found}
-
-
 def test_a_run_in_a_store_continues_on_another_machine_with_the_same_bits(
     s3: Any, whole: Path, small_checkpoint: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -252,8 +227,7 @@ def test_a_run_in_a_store_continues_on_another_machine_with_the_same_bits(
     assert list(tensors(own / "iter_0000006")) == list(tensors(whole / "iter_0000006"))
     for file in (own / "iter_0000006").iterdir():
         assert found[f"runs/adapter/iter_0000006/{file.name}"] == file.stat().st_size
-    body = s3.get_object(Bucket="bucket", Key="runs/adapter/metrics.jsonl")["Body"].read().decode()
-    losses = [json.loads(line)["loss"] for line in body.splitlines()]
+    losses = [json.loads(line)["loss"] for line in content(s3, "runs/adapter/metrics.jsonl").splitlines()]
     assert losses == [line["loss"] for line in lines(whole / "metrics.jsonl")]
     for text in (*outputs, *(each.read_bytes().decode(errors="replace") for each in tmp_path.rglob("*.json*"))):
         assert SECRET not in text

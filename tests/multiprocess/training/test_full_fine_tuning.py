@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from mixtral_run.weights.manifest.describe import describe_trained
 from mixtral_run.weights.verify.verify import verify
 from tests.multiprocess.conftest import mixtral_run, torchrun
 from tests.multiprocess.training.full_worker import AUX, CLIP, DECAY, HALF, LENGTH, RATES, STEPS, rows_of
+from tests.support.servers.s3_server import MARKER, content, stored
 
 WORKER = Path(__file__).parent / "full_worker.py"
 CASES = ["1-1x1-fp32", "3-1x1-fp32", "4-2x1-fp32", "4-1x2-fp32", "4-2x2-fp32"]
@@ -213,27 +215,52 @@ def test_the_recorded_fingerprint_is_that_of_the_hf_model(runs: Path, exported: 
     assert load_file(next(exported["3-1x1-fp32"].glob("*.safetensors")))
 
 
-def test_the_verb_trains_evaluates_saves_and_continues(small_checkpoint: Path, tmp_path: Path) -> None:
-    """On one process after two, where the state was shared among both."""
+def test_the_verb_trains_evaluates_saves_in_a_store_and_continues_on_another_machine(
+    s3: Any, small_checkpoint: Path, tmp_path: Path
+) -> None:
+    """On one process after two, where the state was shared among both.
+
+    The first machine is lost before its last checkpoint is whole in the store.
+    """
     data = [json.dumps({"instruction": f"What is {n}?", "response": f"The number {n}."}) for n in range(24)]
     (tmp_path / "data.jsonl").write_text("\n".join(data) + "\n")
-    save = tmp_path / "tuned"
     words = (
-        "pretrain", "--load", str(small_checkpoint), "--data-path", str(tmp_path / "data.jsonl"), "--save", str(save),
-        "--valid-fraction", "0.2", "--seq-length", "32", "--global-batch-size", "4", "--save-interval", "1",
-        "--keep-last", "1", "--lr", "1e-3", "--device", "cpu", "--report-prompts", "0",
+        "pretrain", "--load", str(small_checkpoint), "--data-path", str(tmp_path / "data.jsonl"), "--save",
+        "s3://bucket/runs/tuned", "--valid-fraction", "0.2", "--seq-length", "32", "--global-batch-size", "4",
+        "--save-interval", "1", "--lr", "1e-3", "--device", "cpu", "--report-prompts", "0", "--resume", "auto",
     )  # fmt: skip
-    done = mixtral_run(*words, "--train-iters", "2", "--nproc-per-node", "2")
+    first = {"MIXTRAL_RUN_STORE_CACHE": str(tmp_path / "first")}
+    done = mixtral_run(*words, "--train-iters", "2", "--nproc-per-node", "2", **first)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Full fine-tuning complete: 2 iterations" in done.stdout
     printed = " ".join(done.stdout.split())
     assert "Checkpoints are saved in the background" in printed
     assert re.search(r"saved \S+/iter_0000001 in [0-9.]+ s in the background, which delayed a step", printed), printed
-    done = mixtral_run(*words, "--train-iters", "3", "--nproc-per-node", "1", "--resume", "auto")
+    shutil.rmtree(tmp_path / "first")
+    for name in (MARKER, "__1_0.distcp"):
+        s3.delete_object(Bucket="bucket", Key=f"runs/tuned/iter_0000002/{name}")
+    second = {"MIXTRAL_RUN_STORE_CACHE": str(tmp_path / "second")}
+    done = mixtral_run(*words, "--train-iters", "3", "--nproc-per-node", "1", "--keep-last", "1", **second)
     assert done.returncode == 0 and "Resuming from" in done.stdout, done.stdout + done.stderr
+    (save,) = (tmp_path / "second/outputs").glob("*/tuned")
     lines = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
     assert [each["iteration"] for each in lines] == [1, 2, 3]
     assert [each.name for each in save.glob("iter_*")] == ["iter_0000003"]
     evaluations = [json.loads(line)["loss"] for line in (save / "validation.jsonl").read_text().splitlines()]
     assert evaluations[-1] < evaluations[0] - 0.1
     assert "convert --from-megatron" in (save / "report.html").read_text().replace(" \\\n ", "")
+    _check_store(s3, save)
+
+
+def _check_store(s3: Any, save: Path) -> None:
+    """The store has the last checkpoint, whole by its marker, and the run's files; nothing of the ones before."""
+    marker = json.loads(content(s3, f"runs/tuned/iter_0000003/{MARKER}"))["files"]
+    assert {f"iter_0000003/{each.name}" for each in (save / "iter_0000003").iterdir()} < marker.keys()
+    for name, each in marker.items():
+        body = content(s3, f"runs/tuned/{name}")
+        assert (len(body), f"{zlib.crc32(body):08x}") == (each["size"], each["crc32"])
+        assert body == (save / name).read_bytes()
+    assert content(s3, "runs/tuned/latest_checkpointed_iteration.txt") == b"3\n"
+    assert content(s3, "runs/tuned/metrics.jsonl") == (save / "metrics.jsonl").read_bytes()
+    others = ("iter_0000001/", f"iter_0000002/{MARKER}")
+    assert not [name for name in stored(s3) if any(each in name for each in others)]

@@ -12,6 +12,9 @@ from tests.multiprocess.training.layouts_worker import ROWS, UnevenSamples
 
 WORKER = Path(__file__).parent / "layouts_worker.py"
 FOUR = ("1x1", "2x1", "1x2", "2x2", "2x4")
+PLAIN = ("2:2x2", "4:1x1", "4:2x1", "4:2x2")
+"""Cases with plain runs only. In the others every variant meets each size of TP (1, 2), EP (1, 2, 4) and DP (1, 2, 4),
+and experts with one replica and with two."""
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +24,8 @@ def results(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
     found: dict[str, dict[str, Any]] = {}
     for count, layouts in ((1, ("1x1",)), (2, ("2x2",)), (4, FOUR)):
         out = folder / f"on{count}.json"
-        torchrun(count, WORKER, str(small_checkpoint), str(out), *layouts)
+        words = [f"{each}:plain" if f"{count}:{each}" in PLAIN else each for each in layouts]
+        torchrun(count, WORKER, str(small_checkpoint), str(out), *words)
         for layout, values in json.loads(out.read_text()).items():
             found[f"{count}:{layout}"] = values
     return found
@@ -60,6 +64,9 @@ def hf_choices(small_hf_model: Path) -> list[list[int]]:
 
 
 CASES = ["1:1x1", "2:2x2", *(f"4:{layout}" for layout in FOUR)]
+VARIED = [case for case in CASES if case not in PLAIN]
+SPREAD = [case for case in CASES if not case.endswith("x1")]
+"""Cases whose experts are on several processes, which only then gather tokens."""
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -72,7 +79,7 @@ def test_logits_equal_hfs(case: str, results: dict[str, Any], hf_logits: list[to
 def test_the_routers_choices_are_counted(case: str, results: dict[str, Any], hf_choices: list[list[int]]) -> None:
     """With all ways of recomputation and dispatch; in one of them each step is taken twice."""
     found, reference = results[case]["router"], results["1:1x1"]["router"]["plain"]
-    assert len(found) == 11
+    assert len(found) == 1 + 3 * (case in VARIED) + 7 * (case in VARIED and case in SPREAD)
     for name, (first, second) in found.items():
         assert first == hf_choices, name
         assert second == reference[1] != first, name
@@ -81,7 +88,7 @@ def test_the_routers_choices_are_counted(case: str, results: dict[str, Any], hf_
 @pytest.mark.parametrize("case", CASES)
 def test_losses_and_gradient_norms_equal(case: str, results: dict[str, Any]) -> None:
     reference = results["1:1x1"]["figures"]
-    assert len(reference) == 6
+    assert len(reference) == 4
     # The losses do move: equality of standing still would show nothing.
     assert abs(reference[0][0] - reference[-1][0]) > 1e-3
     for (loss, norm), (expected_loss, expected_norm) in zip(results[case]["figures"], reference, strict=True):
@@ -91,13 +98,13 @@ def test_losses_and_gradient_norms_equal(case: str, results: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.startswith("4:") and case != "4:1x1"])
 def test_a_run_saved_in_another_layout_goes_on_the_same(case: str, results: dict[str, Any]) -> None:
-    reference = results["1:1x1"]["figures"][3:]
+    reference = results["1:1x1"]["figures"][2:]
     for (loss, norm), (expected_loss, expected_norm) in zip(results[case]["resumed"], reference, strict=True):
         assert loss == pytest.approx(expected_loss, abs=3e-6)
         assert norm == pytest.approx(expected_norm, rel=1e-4)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", VARIED)
 @pytest.mark.parametrize("variant", ["recomputed", "selective", "expert_chunks", "micro_batch_2"])
 def test_recomputing_and_micro_batches_change_nothing(case: str, variant: str, results: dict[str, Any]) -> None:
     reference = results["1:1x1"]["figures"][:2]
@@ -106,7 +113,7 @@ def test_recomputing_and_micro_batches_change_nothing(case: str, variant: str, r
         assert norm == pytest.approx(expected_norm, rel=1e-4)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in VARIED if case in SPREAD])
 def test_gathered_tokens_give_what_rows_sent_one_by_one_give(case: str, results: dict[str, Any]) -> None:
     """Also where there is too little room, and the step is taken again."""
     reference = results["1:1x1"]["figures"][:2]
@@ -117,7 +124,7 @@ def test_gathered_tokens_give_what_rows_sent_one_by_one_give(case: str, results:
             assert norm == pytest.approx(expected_norm, rel=1e-4), variant
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", SPREAD)
 def test_gathered_tokens_all_have_room_where_they_are_to(case: str, results: dict[str, Any]) -> None:
     """All processes have the same tokens, so that most rows may be one process's."""
     assert results[case]["unlimited"] <= 5e-6
@@ -137,10 +144,11 @@ def test_the_validation_loss_is_the_same_in_every_layout(case: str, results: dic
 def test_packed_samples_have_the_loss_they_have_alone(case: str, results: dict[str, Any]) -> None:
     packed, alone = results[case]["packed"]
     assert packed == pytest.approx(alone, rel=1e-6)
-    assert results[case]["packed, gathered"] == pytest.approx((packed, alone), rel=1e-6)
+    if case in SPREAD:
+        assert results[case]["packed, gathered"] == pytest.approx((packed, alone), rel=1e-6)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", VARIED)
 def test_dropout_is_the_same_however_much_is_computed_again(case: str, results: dict[str, Any]) -> None:
     dropped = results[case]["dropout"]
     # Dropout changes the second step's loss: the first has B = 0.
@@ -152,9 +160,12 @@ def test_dropout_is_the_same_however_much_is_computed_again(case: str, results: 
             assert norm == pytest.approx(expected_norm, rel=1e-5)
 
 
-@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(
-    "variant", ["full", "full_within", "full_within_recomputed", "full_within_selective", "full_within_offload"]
+    ("case", "variant"),
+    [
+        *((case, variant) for case in CASES for variant in ("full", "full_within")),
+        *((case, f"full_within_{how}") for case in VARIED for how in ("recomputed", "selective", "offload")),
+    ],
 )
 def test_full_training_steps_within_the_backward_pass_as_after_it(
     case: str, variant: str, results: dict[str, Any]
@@ -166,12 +177,12 @@ def test_full_training_steps_within_the_backward_pass_as_after_it(
         assert norm == pytest.approx(expected_norm, rel=1e-4)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_continuations_equal_hfs(case: str, results: dict[str, Any], small_hf_model: Path) -> None:
+@pytest.fixture(scope="module")
+def hf_continuations(small_hf_model: Path) -> list[list[int]]:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(str(small_hf_model), dtype=torch.float32)
-    expected = []
+    found = []
     for row in ROWS:
         ids = torch.tensor([row])
         whole = model.generate(
@@ -182,12 +193,17 @@ def test_continuations_equal_hfs(case: str, results: dict[str, Any], small_hf_mo
             eos_token_id=2,
             pad_token_id=2,
         )
-        expected.append(whole[0, len(row) :].tolist())
+        found.append(whole[0, len(row) :].tolist())
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_continuations_equal_hfs(case: str, results: dict[str, Any], hf_continuations: list[list[int]]) -> None:
     # A batch of rows of different length gives each row what it gets alone.
-    assert results[case]["greedy"] == expected
-    assert results[case]["greedy_alone"] == expected
+    assert results[case]["greedy"] == hf_continuations
+    assert results[case]["greedy_alone"] == hf_continuations
     # In shapes that stay, as GPUs have it recorded.
-    assert results[case]["greedy_staying"] == expected
+    assert results[case]["greedy_staying"] == hf_continuations
 
 
 def test_drawing_is_seeded_and_the_same_everywhere(results: dict[str, Any]) -> None:

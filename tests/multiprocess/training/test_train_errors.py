@@ -1,14 +1,20 @@
 """A run that meets its machine's limits says so once, in words, and loses nothing that was saved."""
 
-import resource
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 from mixtral_run.weights.manifest.describe import describe_adapter
+from tests.multiprocess.conftest import environment_of, mixtral_run
+from tests.support.processes import commands, warm
 
-RUN = (sys.executable, "-m", "mixtral_run", "finetune", "--device", "cpu", "--nproc-per-node", "2", "--mock-data")
+RUN = ("finetune", "--device", "cpu", "--nproc-per-node", "2", "--mock-data")
+LITTLE_MEMORY = """
+import resource
+from mixtral_run.cli.main import main
+resource.setrlimit(resource.RLIMIT_DATA, (2 * 10**9, 2 * 10**9))
+main()
+"""
 TP2_EP2 = ("--tensor-model-parallel-size", "2", "--expert-model-parallel-size", "2")
 
 
@@ -17,15 +23,10 @@ def reported_in_words(text: str, *, once: str) -> bool:
 
 
 def test_memory_that_runs_out_in_a_step(small_checkpoint: Path, tmp_path: Path) -> None:
-    """16 × 16,384 tokens take more than the 2 GB that each process may have."""
-    size = ("--seq-length", "16384", "--micro-batch-size", "16", "--global-batch-size", "16", "--train-iters", "1")
-    done = subprocess.run(
-        [*RUN, *TP2_EP2, *size, "--load", str(small_checkpoint), "--save", str(tmp_path / "adapter")],
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (2 * 10**9, 2 * 10**9)),
-    )
+    """2,048 × 256 tokens take more than the 2 GB that each process may have. Longer rows take attention's time too."""
+    size = ("--seq-length", "256", "--micro-batch-size", "2048", "--global-batch-size", "2048", "--train-iters", "1")
+    words = (*RUN, *TP2_EP2, *size, "--load", str(small_checkpoint), "--save", str(tmp_path / "adapter"))
+    done = warm.run(["-c", LITTLE_MEMORY, *words], environment_of())
     assert done.returncode == 6, done.stderr
     assert reported_in_words(done.stderr, once="This machine's memory is full"), done.stderr
     assert "--micro-batch-size" in done.stderr
@@ -35,7 +36,8 @@ def test_a_disk_that_fills_up_before_a_save(small_checkpoint: Path, mounted: Pat
     save, ballast = mounted / "adapter", mounted / "ballast"
     argv = [*RUN, *TP2_EP2, "--seq-length", "32", "--global-batch-size", "4", "--train-iters", "20"]
     argv += ["--save-interval", "10", "--load", str(small_checkpoint), "--save", str(save)]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with commands.start(["-m", "mixtral_run", *argv], environment_of(), **streams) as run:
         assert run.stdout is not None and run.stderr is not None
         for line in run.stdout:
             if line.startswith("saved") and not ballast.exists():
@@ -50,7 +52,7 @@ def test_a_disk_that_fills_up_before_a_save(small_checkpoint: Path, mounted: Pat
     # As if the disk had been full a moment earlier, among the tokenizer's files.
     (save / "tokenizer").rename(save / ".tokenizer.partial")
     (save / ".tokenizer.partial" / "tokenizer.json").write_text("{")
-    done = subprocess.run([*argv, "--resume"], capture_output=True, text=True, check=False)
+    done = mixtral_run(*argv, "--resume")
     assert done.returncode == 0, done.stderr
     assert describe_adapter(save).iteration == 20
     whole = (small_checkpoint / "tokenizer" / "tokenizer.json").read_bytes()

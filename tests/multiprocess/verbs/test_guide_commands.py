@@ -19,14 +19,15 @@ from mixtral_run.cli.main import root
 from mixtral_run.trial.random_mixtral import write_random_mixtral
 from mixtral_run.trial.sizes import tokenizer_texts
 from tests.multiprocess.conftest import SMALL, environment_of
+from tests.support.processes.commands import forked_python
 
 GUIDE = Path(__file__).parents[3] / "docs" / "from_the_guide.md"
 COMMANDS = [line.strip() for line in GUIDE.read_text().splitlines() if line.startswith("    torchrun ")]
 
 
-def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def run(command: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = environment_of(PATH=path, CUDA_VISIBLE_DEVICES="")
+    environment = environment_of(PATH=path, CUDA_VISIBLE_DEVICES="", **variables)
     words = shlex.split(command)
     return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
@@ -44,11 +45,14 @@ def test_the_guides_commands_run_as_they_stand(tmp_path: Path) -> None:
     pairs = [{"instruction": f"Say {word}.", "response": word} for word in ("one", "two", "three", "four")]
     (tmp_path / "my.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     convert, _, finetune, _ = COMMANDS
-    done = run(convert, tmp_path)
+    # torchrun starts its eight processes with this program; those of the wrong flag below are new interpreters.
+    (tmp_path / "bin").mkdir()
+    forked = {"PYTHON_EXEC": forked_python(tmp_path / "bin")}
+    done = run(convert, tmp_path, **forked)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("✓ Conversion complete") == 1
     assert (tmp_path / "mixtral" / "latest_checkpointed_iteration.txt").read_text().strip() == "1"
-    done = run(finetune, tmp_path)
+    done = run(finetune, tmp_path, **forked)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("✓ LoRA fine-tuning complete: 10 iterations") == 1
     assert "onto 8 × cpu as TP2/EP4, data-parallel 4" in done.stdout

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,35 +17,58 @@ import psutil
 import pytest
 
 from benchmarks.support.gpu_memory import GpuMemory, gpus
+from tests.gpu.guide import guide_steps
 from tests.gpu.guide.guide_options import default_layouts, parsed
-from tests.gpu.guide.guide_run import GuideRun
+from tests.gpu.guide.guide_run import GuideRun, main
 from tests.gpu.guide.guide_steps import Step, reached, run, table, training_figures
+from tests.support.processes import commands
 
 TINY = ("--layers", "1", "--hidden-size", "128", "--ffn-hidden-size", "128", "--vocab-size", "512", "--device", "cpu")
 SMALL_RUNS = ("--mock-seq-length", "32", "--mock-iterations", "2", "--real-seq-length", "64", "--real-iterations", "5")
 
 
-def guide_run(folder: Path, *words: str) -> tuple[int, list[str], dict[str, Any]]:
-    """Exit code, lines printed, and the JSON file."""
-    output = folder / "found.json"
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.gpu.guide.guide_run", *TINY, *words, "--output", output, "--ram-folder", folder],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parents[3],
-    )
-    assert done.stdout, done.stderr
-    lines = done.stdout.splitlines()
-    found = json.loads(output.read_text())
-    assert json.loads(lines[-1]) == found, done.stderr
-    return done.returncode, lines, found
+def found_by(folder: Path, printed: str) -> tuple[list[str], dict[str, Any]]:
+    """Lines printed, and the JSON file that the last of them repeats."""
+    lines = printed.splitlines()
+    found = json.loads((folder / "found.json").read_text())
+    assert json.loads(lines[-1]) == found
+    return lines, found
 
 
-def test_every_step_is_run_and_a_failed_one_stops_only_what_needs_it(tmp_path: Path) -> None:
+def words_for(folder: Path, *words: str) -> list[str]:
+    return [*TINY, *words, "--output", str(folder / "found.json"), "--ram-folder", str(folder)]
+
+
+def forked(argv: list[str], *, env: dict[str, str], text: bool, **options: Any) -> subprocess.Popen[str]:
+    """Start a step from the warm server, which has the repository in its path."""
+    assert argv[0] == sys.executable and text and env["PYTHONUNBUFFERED"] == "1"
+    own = {name: value for name, value in env.items() if name not in ("PYTHONPATH", "PYTHONUNBUFFERED")}
+    same = {"PYTHONPATH": os.environ["PYTHONPATH"]} if "PYTHONPATH" in os.environ else {}
+    return commands.start(["-u", *argv[1:]], own | same, **options)
+
+
+@pytest.fixture
+def guide_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., tuple[object, list[str], dict[str, Any]]]]:
+    """A run in this process, whose steps are forked: exit code, lines printed, and the JSON file."""
+    names = {name: getattr(subprocess, name) for name in ("PIPE", "STDOUT", "TimeoutExpired")}
+    monkeypatch.setattr(guide_steps, "subprocess", SimpleNamespace(Popen=forked, **names))
+    before = signal.getsignal(signal.SIGTERM)
+
+    def call(*words: str) -> tuple[object, list[str], dict[str, Any]]:
+        with pytest.raises(SystemExit) as ended:
+            main(words_for(tmp_path, *words))
+        return ended.value.code, *found_by(tmp_path, capsys.readouterr().out)
+
+    yield call
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_every_step_is_run_and_a_failed_one_stops_only_what_needs_it(tmp_path: Path, guide_run: Any) -> None:
     # Three samples cannot be shared by two processes that hold all of the attention each.
     words = ("--layouts", "TP1/EP2", "--mock-global-batch-size", "3", "--real-global-batch-size", "4")
-    code, lines, found = guide_run(tmp_path, *SMALL_RUNS, *words, "--only", "convert,mock,real,generate,export")
+    code, lines, found = guide_run(*SMALL_RUNS, *words, "--only", "convert,mock,real,generate,export")
     steps = {step["name"]: step for step in found["steps"]}
     assert {name: step["outcome"] for name, step in steps.items()} == {
         "make the model": "passed",
@@ -67,18 +93,23 @@ def test_every_step_is_run_and_a_failed_one_stops_only_what_needs_it(tmp_path: P
     assert sorted(path.name for path in tmp_path.iterdir()) == ["found.json", "found.log"]
 
 
-def test_what_does_not_fit_into_the_time_is_left_out_and_what_is_kept_is_taken_again(tmp_path: Path) -> None:
-    words = ("--budget-seconds", "25", "--keep", *SMALL_RUNS)
-    code, _, found = guide_run(tmp_path, *words, "--only", "convert,mock,real,export,smoke")
+def test_what_does_not_fit_into_the_time_is_left_out_and_what_is_kept_is_taken_again(
+    tmp_path: Path, guide_run: Any
+) -> None:
+    words = ("--budget-seconds", "25", "--keep", *SMALL_RUNS, "--only", "convert,mock,real,export,smoke")
+    # As a person calls it; its steps are new interpreters.
+    argv = [sys.executable, "-m", "tests.gpu.guide.guide_run", *words_for(tmp_path, *words)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[3])
+    _, found = found_by(tmp_path, done.stdout)
     left_out = {step["name"]: step["reason"] for step in found["steps"] if step["outcome"] == "not run"}
-    assert code == 0
+    assert done.returncode == 0
     assert list(left_out) == ["finetune, mock data", "finetune, real data", "export", "smoke"]
     assert "s are left" in left_out["finetune, mock data"] and "s are left" in left_out["finetune, real data"]
     assert left_out["export"] == "no adapter of mock or real"
     assert [path.name for path in (tmp_path / "mixtral-guide-run").iterdir()] == ["checkpoint"]
     guide = GuideRun(parsed([*TINY, "--seed", "1", "--layers", "2", "--ram-folder", str(tmp_path)], None))
     assert not guide.is_converted() and not guide.is_made()
-    code, lines, found = guide_run(tmp_path, *SMALL_RUNS, "--only", "convert,generate,smoke")
+    code, lines, found = guide_run(*SMALL_RUNS, "--only", "convert,generate,smoke")
     assert code == 0 and "The model of an earlier run is taken." in lines
     convert, generate, smoke = found["steps"]
     assert generate["outcome"] == "passed" and generate["figures"]["tokens"] > 0

@@ -182,3 +182,8 @@ def test_how_far_a_download_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (blobs / "whole").write_bytes(b"x" * 2**19)
         assert seen.wait(30)
     assert sum(reported) == 2**20
+    # What came after the last look is there at the end.
+    reported.clear()
+    with source._watched(model, Counting()):
+        pass
+    assert sum(reported) == 2**20

@@ -38,18 +38,19 @@ def shards(hub: Hub) -> list[str]:
     return sorted(name for name in hub.sent if name.endswith(".safetensors"))
 
 
-def test_from_the_hub_to_an_adapter_that_names_it(hub: Hub, tmp_path: Path) -> None:
-    def call(*words: object, **environment: str) -> CompletedProcess[str]:
+def test_from_the_hub_to_an_adapter_that_names_it(hub: Hub, call: Call, tmp_path: Path) -> None:
+    def fresh(*words: object, **environment: str) -> CompletedProcess[str]:
+        """Once for each verb, which then does all of its own imports somewhere."""
         return fresh_mixtral_run(*map(str, words), **(client_environment(hub, tmp_path) | environment))
 
     adapter = tmp_path / "adapter"
-    tuned = call("finetune", "--load", NAME, "--save", adapter, "--lora-rank", "2", *RUN, *TWO)
+    tuned = fresh("finetune", "--load", NAME, "--save", adapter, "--lora-rank", "2", *RUN, *TWO)
     assert tuned.returncode == 0, tuned.stdout + tuned.stderr
     assert f"bytes of {NAME} into {tmp_path / 'hf-home' / 'hub'}" in tuned.stdout
     assert shards(hub) == sorted(file.name for file in hub.folder.glob("*.safetensors"))
     hub.sent.clear()
 
-    answered = call(
+    answered = fresh(
         "generate", "--load", NAME, "--adapter", adapter, *TWO, "--device", "cpu", "--prompt", "Once",
         "--max-new-tokens", "2", HF_HUB_OFFLINE="1",
     )  # fmt: skip
@@ -65,7 +66,7 @@ def test_from_the_hub_to_an_adapter_that_names_it(hub: Hub, tmp_path: Path) -> N
     config = json.loads((tmp_path / "named" / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == (NAME, None)
 
-    merged = call(
+    merged = fresh(
         "export", "--adapter", adapter, "--hf-model-path", NAME, "--merge", "--output-path", tmp_path / "merged"
     )
     assert merged.returncode == 0, merged.stderr

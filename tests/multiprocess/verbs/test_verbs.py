@@ -16,7 +16,8 @@ import pytest
 from mixtral_run.config.verbs.plan import PlanConfig
 from mixtral_run.planner.table import planned_gpu, workload_of
 from mixtral_run.weights.manifest.describe import describe_base
-from tests.multiprocess.conftest import fresh_mixtral_run, mixtral_run
+from tests.multiprocess.conftest import environment_of, fresh_mixtral_run, mixtral_run
+from tests.support.processes import commands
 
 TWO = ("--tensor-model-parallel-size", "2", "--expert-model-parallel-size", "2", "--nproc-per-node", "2")
 TINY_RUN = ("--seq-length", "32", "--global-batch-size", "4", "--device", "cpu")
@@ -340,14 +341,9 @@ def test_ctrl_c_saves_and_resume_goes_on(small_checkpoint: Path, pairs: Path, tm
         *TWO,
         *TINY_RUN,
     )
-    command = [sys.executable, "-m", "mixtral_run", *words, "--train-iters", "100000"]
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    ) as process:
+    command = ["-m", "mixtral_run", *words, "--train-iters", "100000"]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with commands.start(command, environment_of(), **streams) as process:
         assert process.stdout is not None
         seen = ""
         for line in process.stdout:

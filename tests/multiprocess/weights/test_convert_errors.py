@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,9 @@ from mixtral_run.weights.io import atomic_folder
 from mixtral_run.weights.io.mmap_writer import MappedWriter
 from mixtral_run.weights.manifest.manifest import read_values
 from mixtral_run.weights.verify.verify import verify
+from tests.multiprocess.conftest import environment_of
 from tests.multiprocess.weights.test_convert import convert_quietly, run_cli
+from tests.support.processes import commands
 from tests.support.tiny import write_tiny
 
 
@@ -154,7 +155,7 @@ def content(checkpoint: Path) -> dict[str, bytes]:
 def test_cut_off_it_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, tiny: Path, how: int) -> None:
     output, unfinished = tmp_path / "out", tmp_path / ".out.unfinished"
     words = ["convert", "--hf-model-path", str(tiny), "--output-path", str(output)]
-    process = subprocess.Popen([sys.executable, "-c", SLOW, *words], stderr=subprocess.PIPE, text=True)
+    process = commands.start(["-c", SLOW, *words], environment_of(), stderr=subprocess.PIPE)
     journal = unfinished / "journal.jsonl"
     deadline = time.monotonic() + 60
     while not (journal.is_file() and journal.read_text().count("\n") > 3) and time.monotonic() < deadline:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,8 +11,10 @@ import pytest
 
 from mixtral_run.weights.convert.copy import _Worker
 from mixtral_run.weights.io.interrupts import SAME_SECONDS
+from tests.multiprocess.conftest import environment_of
 from tests.multiprocess.weights.test_convert import convert_quietly
 from tests.multiprocess.weights.test_convert_errors import content
+from tests.support.processes import commands
 from tests.support.tiny import write_tiny
 
 NUM_QUICK = 32
@@ -55,8 +56,8 @@ def tiny(tmp_path: Path) -> Path:
 
 
 def start(code: str, *words: str | Path) -> subprocess.Popen[str]:
-    argv = [sys.executable, "-c", code + MAIN, *map(str, words)]
-    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    argv = ["-c", code + MAIN, *map(str, words)]
+    return commands.start(argv, environment_of(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def start_convert(tiny: Path, seconds: float, *more: str, num_quick: int = NUM_QUICK) -> subprocess.Popen[str]:

@@ -34,7 +34,7 @@ FRESH_VARIABLE = "MIXTRAL_RUN_TEST_FRESH"
 ROOT = Path(__file__).parents[3]
 CHANGING = (
     "PYTEST_CURRENT_TEST", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
-    "AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "MIXTRAL_RUN_STORE_CACHE",
+    "GLOO_SOCKET_IFNAME", "AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "MIXTRAL_RUN_STORE_CACHE",
 )  # fmt: skip
 """Environment variables that no library reads while it is imported."""
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -74,6 +74,11 @@ class WarmServer:
         self._process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
 
+    @property
+    def path(self) -> str:
+        """The socket, which is there once the first connection was made."""
+        return self._socket
+
     def connect(self) -> socket.socket:
         """Connect to the server. The first call waits for its imports."""
         until = time.monotonic() + START_SECONDS
@@ -93,9 +98,18 @@ class WarmProcess:
     """Process that was forked for a command. It is not a child of this process."""
 
     def __init__(
-        self, server: WarmServer, argv: Sequence[str], env: Mapping[str, str], stdout: int, stderr: int
+        self,
+        server: WarmServer,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        stdout: int,
+        stderr: int,
+        *,
+        cwd: Path | str | None = None,
+        group: bool = False,
     ) -> None:
-        request = json.dumps({"argv": list(argv), "cwd": str(Path.cwd()), "env": dict(env)}).encode() + b"\n"
+        words = {"argv": list(argv), "cwd": str(cwd or Path.cwd()), "env": dict(env), "group": group}
+        request = json.dumps(words).encode() + b"\n"
         self._connection = server.connect()
         with Path(os.devnull).open("rb") as nothing:
             sent = socket.send_fds(self._connection, [request], [nothing.fileno(), stdout, stderr])
@@ -134,7 +148,7 @@ def _server(modules: Sequence[str]) -> WarmServer:
     return WarmServer(modules)
 
 
-def _server_for(env: Mapping[str, str]) -> WarmServer | None:
+def server_for(env: Mapping[str, str]) -> WarmServer | None:
     """Return the server; the first call starts it. Return None if a fork would differ in this environment."""
     import torch
 
@@ -148,7 +162,7 @@ def _server_for(env: Mapping[str, str]) -> WarmServer | None:
 
 def run(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
     """Run Python with the arguments `argv` and capture its output. `env` is its complete environment."""
-    server = _server_for(env)
+    server = server_for(env)
     if server is None:
         return subprocess.run([sys.executable, *argv], capture_output=True, text=True, env=env, check=False)
     (out, out_end), (err, err_end) = os.pipe(), os.pipe()
@@ -190,7 +204,7 @@ def run_ranks(num_processes: int, argv: Sequence[str], env: Mapping[str, str]) -
 
     The first rank that fails ends the others.
     """
-    server = _server_for(env)
+    server = server_for(env)
     assert server is not None
     job = {
         "WORLD_SIZE": str(num_processes),
@@ -240,4 +254,4 @@ def _free_port() -> int:
 
 def can_fork(env: Mapping[str, str]) -> bool:
     """Return True if `run` forks in this environment instead of starting a new interpreter."""
-    return _server_for(env) is not None
+    return server_for(env) is not None

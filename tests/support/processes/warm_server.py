@@ -1,9 +1,10 @@
 """Server process that has imported torch, Megatron and Transformers, and forks for every command of a test.
 
 `python -m tests.support.processes.warm_server SOCKET LIFELINE [MODULE …]` also imports the modules, then listens on the
-Unix socket SOCKET until the pipe LIFELINE is closed. The client is warm.py beside it. A request is a line of JSON
-(`argv` as after the interpreter's name, `cwd`, `env`) with the three standard streams. The answers are two lines of
-JSON: `{"pid": …}` at once and `{"status": …}` at the end.
+Unix socket SOCKET until the pipe LIFELINE is closed. The clients are warm.py, commands.py and forked_python.py next to
+it. A request is a line of JSON with the three standard streams: `argv` as after the interpreter's name, `cwd`, `env`;
+`group` if the process leads a process group of its own; `tied` if it is killed when the client has died. The answers
+are two lines of JSON: `{"pid": …}` at once and `{"status": …}` at the end.
 
 The server only imports. A fork of a process with threads would inherit locks that nobody releases, so the server
 refuses to start if an import has started a thread.
@@ -15,6 +16,7 @@ import contextlib
 import gc
 import importlib
 import importlib.util
+import io
 import json
 import os
 import selectors
@@ -79,7 +81,11 @@ class Server:
                         return request
                 elif key.fd == self._lifeline:
                     os._exit(0)
-                else:
+                elif key.data is not None:
+                    # The client sends nothing more: it has died.
+                    self._selector.unregister(key.fileobj)
+                    os.kill(key.data, signal.SIGKILL)
+                elif key.fd in self._clients:
                     self._report_end(key.fd)
 
     def _fork(self, client: socket.socket) -> dict[str, Any] | None:
@@ -93,19 +99,28 @@ class Server:
                 client.close()
                 return None
             data += more
+        request: dict[str, Any] = json.loads(data)
         pid = os.fork()
         if pid == 0:
             client.close()
             self._close()
+            if request.get("group"):
+                os.setpgid(0, 0)
             for number, stream in enumerate(streams):
                 os.dup2(stream, number)
                 os.close(stream)
-            request: dict[str, Any] = json.loads(data)
             return request
         for stream in streams:
             os.close(stream)
-        self._clients[os.pidfd_open(pid)] = (pid, client)
-        self._selector.register(max(self._clients), selectors.EVENT_READ)
+        if request.get("group"):
+            # Here as well, so that the group is there before the client learns the number.
+            with contextlib.suppress(PermissionError, ProcessLookupError):
+                os.setpgid(pid, pid)
+        descriptor = os.pidfd_open(pid)
+        self._clients[descriptor] = (pid, client)
+        self._selector.register(descriptor, selectors.EVENT_READ)
+        if request.get("tied"):
+            self._selector.register(client, selectors.EVENT_READ, pid)
         _send(client, {"pid": pid})
         return None
 
@@ -114,6 +129,8 @@ class Server:
         _, status = os.waitpid(pid, 0)
         self._selector.unregister(descriptor)
         os.close(descriptor)
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(client)
         _send(client, {"status": os.waitstatus_to_exitcode(status)})
         client.close()
 
@@ -149,6 +166,11 @@ def become(request: dict[str, Any]) -> None:
 
 
 def _code_of(argv: Sequence[str], main: types.ModuleType) -> types.CodeType:
+    if argv[0] == "-u":
+        for stream in (sys.stdout, sys.stderr):
+            assert isinstance(stream, io.TextIOWrapper)
+            stream.reconfigure(write_through=True)
+        argv = argv[1:]
     if argv[0] == "-c":
         sys.path[0], sys.argv = "", ["-c", *argv[2:]]
         return compile(argv[1], "<string>", "exec")

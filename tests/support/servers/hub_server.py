@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -117,7 +118,9 @@ class Handler(BaseHTTPRequestHandler):
             self.server.cut = ""
             self.wfile.write(content[: len(content) // 2])
             self.wfile.flush()
-            self.connection.close()
+            # The socket stays open until its streams are closed: the client would wait until its own time limit.
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
             return
         self.wfile.write(content[start:])
 

@@ -153,6 +153,16 @@ def test_data_check_takes_the_flag_of_finetune(tmp_path: Path) -> None:
     assert found == ("--valid-fraction: there is no such flag",)
 
 
+def test_a_flag_of_another_verb_is_answered_with_this_verbs_own() -> None:
+    assert problems("convert", "--save", "x")[0] == "--save: there is no such flag; write --output-path"
+    assert problems("evaluate", "--save", "x")[0] == "--save: there is no such flag; write --output-file"
+    assert problems("export", "--load", "x")[0].startswith("--load: there is no such flag; write --hf-model-path (")
+    assert problems("generate", "--hf-model-path", "x")[0].startswith(
+        "--hf-model-path: there is no such flag; write --l"
+    )
+    assert problems("verify", "--output-path", "x")[0].endswith("leave it out: other verbs have it, this one does not")
+
+
 def test_every_answer_names_what_exists() -> None:
     for command in FOREIGN_VERBS.values():
         assert command.split()[0] == "mixtral-run"

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -20,7 +21,7 @@ from mixtral_run.errors import (
     TrainingError,
     WeightsError,
 )
-from mixtral_run.launch import process_exit
+from mixtral_run.launch import process_exit, processes
 
 
 def mixtral_run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -31,6 +32,26 @@ def mixtral_run(*words: str, **environment: str) -> subprocess.CompletedProcess[
         env={**os.environ, **environment},
         check=False,
     )
+
+
+Here = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
+    """The command line in this process, which has torch: a verb that trains would import it twice, for three lines."""
+
+    def called(*words: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["mixtral-run", *words])
+        monkeypatch.setattr(process_exit, "_ignore_signals", lambda _: None)
+        monkeypatch.setattr(processes, "import_ahead", lambda _: None)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        assert isinstance(ended.value.code, int)
+        return subprocess.CompletedProcess(words, ended.value.code, printed.out, printed.err)
+
+    return called
 
 
 def test_dashes_and_underscores_are_the_same(tmp_path: Path) -> None:
@@ -186,18 +207,16 @@ def test_a_list_may_be_given_in_parts() -> None:
         assert command.make_context(verb, ["gpu-01"]).params["tags"] is None
 
 
-def test_what_looks_like_a_flag_may_be_a_value() -> None:
-    done = mixtral_run(
-        "generate", "--load", "nowhere", "--prompt", "--foo", "--prompt=-x", "--expert_model_parallel_size=2"
-    )
+def test_what_looks_like_a_flag_may_be_a_value(here: Here) -> None:
+    done = here("generate", "--load", "nowhere", "--prompt", "--foo", "--prompt=-x", "--expert_model_parallel_size=2")
     assert "no such flag" not in done.stderr
     assert "nowhere" in done.stderr
 
 
-def test_problems_of_layout_base_data_and_folder_are_reported_together(tmp_path: Path) -> None:
+def test_problems_of_layout_base_data_and_folder_are_reported_together(tmp_path: Path, here: Here) -> None:
     (tmp_path / "notes.txt").touch()
     (tmp_path / "pairs.jsonl").write_text('{"instruction": 1, "response": "b"}\n')
-    done = mixtral_run(
+    done = here(
         "finetune", "--load", "nowhere", "--data-path", str(tmp_path / "pairs.jsonl"), "--save", str(tmp_path),
         "--device", "cpu", "--nproc-per-node", "3", "--tensor-model-parallel-size", "2",
     )  # fmt: skip
@@ -212,13 +231,13 @@ def test_problems_of_layout_base_data_and_folder_are_reported_together(tmp_path:
         assert words in done.stderr
 
 
-def test_flags_take_precedence_over_the_config_file(tmp_path: Path) -> None:
+def test_flags_take_precedence_over_the_config_file(tmp_path: Path, here: Here) -> None:
     file = tmp_path / "run.json"
     file.write_text(json.dumps({"load": str(tmp_path / "base"), "save": "s", "mock_data": True, "lora_rank": 0}))
-    reported = mixtral_run("finetune", "--config", str(file))
+    reported = here("finetune", "--config", str(file))
     assert "  - lora_rank: expected at least 1; found 0\n" in reported.stderr
     assert f"  where:    {file}\n" in reported.stderr
-    reported = mixtral_run(
+    reported = here(
         "finetune",
         "--config",
         str(file),

@@ -1,4 +1,4 @@
-"""A file with a token is looked at before any host is: what the role cannot clean is refused, without showing it."""
+"""A file with a token or keys is looked at before any host is: what the role cannot use is refused, and not shown."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_run.fleet.secrets import token_problem
+from mixtral_run.fleet.secrets import keys_problem, token_problem
 
 
 @pytest.mark.parametrize(
@@ -40,3 +40,29 @@ def test_anything_else_is_refused_without_showing_it(tmp_path: Path, content: by
 
 def test_a_file_that_is_not_there_is_a_problem(tmp_path: Path) -> None:
     assert token_problem(tmp_path / "token") == "No such file or directory"
+
+
+KEYS = "[default]\naws_access_key_id = AKIDNOBODY\naws_secret_access_key = neverShown\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (KEYS.encode(), None),
+        (b"\xef\xbb\xbf" + KEYS.replace("\n", "\r\n").encode(), None),
+        (KEYS.replace("[default]", "[other]").encode(), "no aws_access_key_id and no aws_secret_access_key"),
+        (KEYS.replace("AKIDNOBODY", "").encode(), "found no aws_access_key_id"),
+        (KEYS.partition("\n")[2].encode(), "other lines than NAME = VALUE"),
+        (b"AWS_SECRET_ACCESS_KEY=neverShown", "other lines than NAME = VALUE"),
+        (KEYS.encode("utf-16"), "UTF-16"),
+        (None, "No such file"),
+    ],
+)
+def test_keys_of_a_store_are_in_the_form_that_its_client_reads(
+    tmp_path: Path, content: bytes | None, words: str | None
+) -> None:
+    if content is not None:
+        (tmp_path / "keys").write_bytes(content)
+    problem = keys_problem(tmp_path / "keys")
+    assert (problem is None) is (words is None)
+    assert problem is None or (words is not None and words in problem and "neverShown" not in problem)

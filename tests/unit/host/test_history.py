@@ -40,6 +40,21 @@ def test_a_long_history_loses_its_oldest_lines(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o644 and [file.name for file in tmp_path.iterdir()] == ["history.jsonl"]
 
 
+def test_bounds_of_a_history(tmp_path):
+    """Lines of 1,024 bytes: 256 of them are as many as it may have, one more leaves half of them, the newest."""
+    path = tmp_path / "history.jsonl"
+    path.write_text(("a" * 1023 + "\n") * 255)
+    history.append("b" * 1023, str(path))
+    assert path.stat().st_size == 262_144
+    history.append("c" * 1023, str(path))
+    lines = path.read_text().splitlines()
+    # The first of the newest 131,072 bytes is dropped with the rest of its line.
+    assert [len(lines), lines[0][0], lines[-2][0], lines[-1][0]] == [127, "a", "b", "c"]
+    history.append("d" * 8191, str(path))
+    with pytest.raises(OSError, match="too long"):
+        history.append("d" * 8192, str(path))
+
+
 @pytest.mark.parametrize("line", ["two\nlines", "x" * history.MAX_LINE_BYTES])
 def test_only_one_short_line_is_written(tmp_path, line):
     with pytest.raises(OSError, match="too long, or more than one"):

@@ -41,6 +41,26 @@ def test_the_token_is_read_by_the_group_that_every_job_is_in_and_by_nobody_else(
     assert _figures(settings["secret_path"])[0] == 0o640
 
 
+KEYS = "[default]\naws_access_key_id = AKIDNOBODY\naws_secret_access_key = neverShown"
+
+
+def test_the_keys_of_a_store_are_kept_as_the_token_and_go_with_it(settings: dict) -> None:
+    keys = Path(settings["secret_path"]).with_name("store-credentials")
+    given = {**settings, "keys_path": str(keys), "keys": "\ufeff" + KEYS.replace("\n", "\r\n")}
+    assert call_module(MODULE, **given)["done"][-1] == f"wrote {keys}"
+    assert keys.read_text() == KEYS + "\n" and _figures(keys) == (0o640, UID, GID)
+    assert not call_module(MODULE, **given)["changed"]
+    changed = call_module(MODULE, **{**given, "keys": KEYS.replace("never", "Never")})
+    assert changed["done"] == [f"wrote {keys}"] and "NeverShown" in keys.read_text()
+    # Without the file on the operator's machine, what is on the host stays.
+    assert not call_module(MODULE, **{**given, "keys": ""})["changed"] and keys.exists()
+    for odd in (KEYS.replace("[default]", "[other]"), "AWS_SECRET_ACCESS_KEY=neverShown"):
+        refused = call_module(MODULE, **{**given, "secret": "hf_other", "keys": odd})
+        assert refused["failed"] and "--store-keys-file" in refused["msg"] and "neverShown" not in refused["msg"]
+    assert Path(settings["secret_path"]).read_text() == "hf_secret\n", "nothing is written if one of both is wrong"
+    assert f"removed {keys}" in call_module(MODULE, **given, state="absent")["done"] and not keys.exists()
+
+
 def test_a_folder_that_was_there_gets_its_owner_and_mode_back_and_the_kits_own_goes(settings: dict) -> None:
     there = Path(settings["paths"][1])
     there.mkdir(mode=0o750)
@@ -162,6 +182,7 @@ def test_what_a_failing_python_prints_of_its_input_reaches_no_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "token").write_text('\ufeff"hf_printedBack"\r\n')
+    (tmp_path / "keys").write_text(KEYS)
     sent = {}
 
     def print_input(_self: object, module_args: dict, task_vars: object) -> dict:
@@ -177,8 +198,11 @@ def test_what_a_failing_python_prints_of_its_input_reaches_no_log(
     monkeypatch.setattr(ActionBase, "run", lambda *_: {"changed": False})
     monkeypatch.setattr(plugin, "_execute_module", print_input)
     action = object.__new__(plugin)
-    action._task = SimpleNamespace(args={"section": "x", "secret_file": str(tmp_path / "token")})
+    action._task = SimpleNamespace(
+        args={"section": "x", "secret_file": str(tmp_path / "token"), "keys_file": str(tmp_path / "keys")}
+    )
     answer = action.run()
     assert "hf_printedBack" in sent["secret"] and "secret_file" not in sent
-    assert "hf_printedBack" not in str(answer)
+    assert sent["keys"] == KEYS
+    assert not [word for word in ("hf_printedBack", "AKIDNOBODY", "neverShown") if word in str(answer)]
     assert answer["module_stderr"] == "no zip" and '"section": "x"' in answer["module_stdout"]

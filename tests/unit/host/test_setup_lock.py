@@ -1,9 +1,11 @@
 """The lock that a play takes without the command line: what is believed of a note, and which connections have it."""
 
+import fcntl
 import importlib.util
 import json
 import os
 import socket
+import stat
 import subprocess
 from types import SimpleNamespace
 
@@ -74,4 +76,83 @@ def test_it_is_given_back_after_the_task_that_took_it_has_ended(lock, tmp_path, 
     assert os.waitpid(pid, 0)[1] == 0 and file.exists()
     lock.give_back(file)
     assert not file.exists()
-    assert (tmp_path / "mixtral-run-setup.lock").read_text() == ""
+    assert (tmp_path / "setup.lock").read_text() == ""
+
+
+def taken(lock, folder, *words, lines="", path=""):
+    """Return the first line of the answer of a holder whose input ends at once."""
+    environment = {"PATH": path + os.environ["PATH"]}
+    argv = ["sh", "-c", lock.SCRIPT.read_text(), "lock", "me", str(folder), "1", *words]
+    done = subprocess.run(argv, input=lines, capture_output=True, text=True, env=environment, check=False)
+    return done.stdout.partition("\n")[0].strip()
+
+
+def test_nobody_but_the_owner_can_open_the_lock(lock, tmp_path):
+    """Who can open a file can hold its lock, and a local user would keep every operator away."""
+    folder = tmp_path / "run"
+    assert taken(lock, folder) == "held"
+    file = folder / "setup.lock"
+    assert (stat.S_IMODE(folder.stat().st_mode), stat.S_IMODE(file.stat().st_mode)) == (0o700, 0o600)
+    file.chmod(0o666)
+    file.write_text("an earlier run")
+    assert taken(lock, folder) == "held an earlier run" and stat.S_IMODE(file.stat().st_mode) == 0o600
+    with file.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert taken(lock, folder) == "busy"
+
+
+@pytest.mark.parametrize("kind", ["link of the folder", "open folder", "foreign folder", "link", "folder", "foreign"])
+def test_a_lock_that_others_can_replace_is_refused(lock, tmp_path, kind):
+    folder, victim = tmp_path / "run", tmp_path / "victim"
+    (victim if kind == "link of the folder" else folder).mkdir()
+    if kind == "link of the folder":
+        folder.symlink_to(victim)
+    elif kind == "open folder":
+        folder.chmod(0o770)
+    elif kind == "link":
+        (folder / "setup.lock").symlink_to(victim)
+    elif kind == "folder":
+        (folder / "setup.lock").mkdir()
+    else:
+        (folder / "setup.lock").write_text("theirs")
+        if os.geteuid() != 0:
+            pytest.skip("only root can give a file away")
+        os.chown(folder if kind == "foreign folder" else folder / "setup.lock", 4321, -1)
+    assert taken(lock, folder).startswith(f"without {folder}")
+    assert not victim.is_file() and not list(victim.glob("*") if victim.is_dir() else ())
+
+
+SUDO = """#!/bin/sh
+# STAND-IN for sudo that knows one password
+[ "$1" = -S ] && IFS= read -r word && [ "$word" = "se cret" ] || exit 1
+shift 3; exec env ROOT=yes "$@"
+"""
+ID = "#!/bin/sh\n# STAND-IN\n[ $1 = -un ] && echo ops || echo 4321\n"
+
+
+def test_root_takes_it_for_a_user_whose_sudo_asks_for_a_password(lock, tmp_path):
+    for name, text in (("sudo", SUDO), ("id", ID)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    folder, path = tmp_path / "run", f"{tmp_path}:"
+    without = f"without {folder}/setup.lock belongs to root, and sudo refuses ops or asks for a password"
+    assert taken(lock, folder, path=path) == without
+    assert taken(lock, folder, lines="se cret\n", path=path) == without, "a line that nobody announced is no password"
+    assert taken(lock, folder, "password", lines="wrong\n", path=path) == without and not folder.exists()
+    assert taken(lock, folder, "password", lines="se cret\n", path=path) == "held" and folder.exists()
+
+
+def test_the_password_of_the_play_goes_to_the_holder_and_into_no_list_of_processes(lock, tmp_path, monkeypatch):
+    script = tmp_path / "script.sh"
+    script.write_text(
+        'IFS= read -r line; cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ >"$2/shown" 2>/dev/null\n'
+        'printf "%s %s" "$4" "$line" >"$2/got"; echo held\n'
+    )
+    monkeypatch.setattr(lock, "SCRIPT", script)
+    monkeypatch.setattr(lock, "FOLDER", str(tmp_path))
+    become = SimpleNamespace(get_option={"become_pass": "s3cret-of-ann"}.get)
+    assert lock.take(SimpleNamespace(transport="local", become=become), tmp_path / "file", "x") == ("", "")
+    lock.give_back(tmp_path / "file")
+    assert (tmp_path / "got").read_text() == "password s3cret-of-ann"
+    shown = (tmp_path / "shown").read_bytes()
+    assert b"keeper" in shown and b"s3cret-of-ann" not in shown

@@ -14,12 +14,14 @@ from mixtral_run.config.data import DATA_SETTINGS
 from mixtral_run.config.data_sources import parse_source
 from mixtral_run.config.fields import flag_of
 from mixtral_run.config.launchers.kubernetes import KubernetesConfig, Volume, is_label
+from mixtral_run.config.names.store_names import store_url, without_weight
 from mixtral_run.errors import ConfigError
 from mixtral_run.fleet.jobs.container_paths import CHECKPOINTS, HF_HOME, JOB_FOLDER, hides_image
 from mixtral_run.fleet.jobs.job_spec import (
     LABEL_JOB,
     LABEL_NUM_HOSTS,
     LABEL_OUTPUT,
+    SCRATCH,
     STOP_SECONDS,
     WRITTEN,
     JobOptions,
@@ -94,7 +96,7 @@ def job_problems(spec: JobSpec, settings: KubernetesConfig) -> list[str]:
             f"--pod-memory: expected more than --shm-size, which counts against it; found {settings.pod_memory} and "
             f"{spec.options.shm_size}"
         )
-    return found + _volume_problems(spec, settings.volumes)
+    return found + _volume_problems(spec, settings.volumes) + _store_problems(spec, settings.volumes)
 
 
 def _volume_problems(spec: JobSpec, given: Sequence[Volume]) -> list[str]:
@@ -117,6 +119,21 @@ def _volume_problems(spec: JobSpec, given: Sequence[Volume]) -> list[str]:
     if home is not None and home.read_only:
         found.append(f"--volume: {HF_HOME} is written to; found :ro")
     return found
+
+
+def _store_problems(spec: JobSpec, given: Sequence[Volume]) -> list[str]:
+    """Return a line for each setting with a URL if the copies of the store's folders would end with the pod."""
+    variables = dict(pair.split("=", 1) for pair in spec.options.environment)
+    folder = variables.get(SCRATCH.rstrip("="), HF_HOME)
+    volume = _volume_of(folder, given)
+    if volume is not None and not volume.read_only:
+        return []
+    return [
+        f"{flag_of(name)}: copies of a store's folders are made in {folder}; expected a --volume that has it and is "
+        f"written to, or --env {SCRATCH}{CHECKPOINTS}/stores; found none, so that they would end with the pod"
+        for name, value in spec.config.items()
+        if any(store_url(without_weight(each)) for each in (value if isinstance(value, list) else [value]))
+    ]
 
 
 def _paths(spec: JobSpec) -> Iterator[tuple[str, str]]:

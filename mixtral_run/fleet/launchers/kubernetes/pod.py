@@ -132,7 +132,8 @@ def placement(settings: KubernetesConfig) -> Values:
     tolerations: list[Values] = [_tolerated(GPU, "", "NoSchedule")] if settings.gpus_per_node else []
     for text in settings.toleration:
         given = parse_toleration(text)
-        tolerations.append(_tolerated(given.key, given.value, given.effect))
+        one = _tolerated(given.key, given.value, given.effect)
+        tolerations += [one] if one not in tolerations else []
     return {**found, "tolerations": tolerations} if tolerations else found
 
 

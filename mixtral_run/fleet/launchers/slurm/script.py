@@ -146,7 +146,8 @@ export MIXTRAL_RUN_NODES MIXTRAL_RUN_RENDEZVOUS MIXTRAL_RUN_RENDEZVOUS_ID MIXTRA
 def _environment(spec: JobSpec, settings: SlurmConfig) -> dict[str, str]:
     found = {"PYTHONUNBUFFERED": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(settings.save_seconds + 60)}
     if settings.container_runtime in ("docker", "apptainer", "enroot"):
-        found["TRITON_CACHE_DIR"] = KERNELS
+        # Some runtimes pass on the variable of the site, which names a folder that the container does not have.
+        found |= {"TRITON_CACHE_DIR": KERNELS, "HF_HOME": HF_HOME}
     elif spec.options.hf_home != _DEFAULTS.hf_home:
         found["HF_HOME"] = spec.options.hf_home
     if spec.options.nccl_debug:
@@ -226,9 +227,10 @@ def _docker(spec: JobSpec, settings: SlurmConfig) -> list[str]:
         "# Slurm kills the client only: a container that is left from an earlier attempt must not run on.",
         'docker rm --force "mixtral-run-$SLURM_JOB_ID" >/dev/null 2>&1',
         *(_DOCKER_GPUS if settings.gpus_per_node else ["gpus=()"]),
+        *(_DOCKER_RDMA if settings.nodes > 1 else ["rdma=()"]),
         f"exec {shlex.join(words)} \\",
         '    --name "mixtral-run-$SLURM_JOB_ID" --user "$(id -u):$(id -g)" \\',
-        f'    --group-add "$(stat -c %g {shlex.quote(options.checkpoints_folder)})" "${{gpus[@]}}" \\',
+        f'    --group-add "$(stat -c %g {shlex.quote(options.checkpoints_folder)})" "${{gpus[@]}}" "${{rdma[@]}}" \\',
         f'    --mount "type=bind,source=$MIXTRAL_RUN_JOB_FOLDER,target={JOB_FOLDER},readonly" \\',
         f'    --mount "type=bind,source=$kernels,target={KERNELS}" \\',
         f'    {shlex.quote(options.image)} "$@"',
@@ -243,6 +245,17 @@ _DOCKER_GPUS = [
     "fi",
 ]
 """Lines that give a container the GPUs that Slurm gave the job."""
+_DOCKER_RDMA = [
+    "rdma=()",
+    "if [ -e /dev/infiniband/uverbs0 ]; then",
+    "    # NCCL registers its buffers with the device, which pins them.",
+    "    rdma=(--device /dev/infiniband --ulimit memlock=-1)",
+    '    if [ "$(stat -c %A /dev/infiniband/uverbs0 | cut -c 9)" != w ]; then',
+    '        rdma+=(--group-add "$(stat -c %g /dev/infiniband/uverbs0)")',
+    "    fi",
+    "fi",
+]
+"""Lines that give a container the InfiniBand or RoCE devices of its node, for NCCL between nodes."""
 
 
 def _mounts(spec: JobSpec) -> list[str]:
@@ -284,6 +297,8 @@ def _srun(spec: JobSpec, settings: SlurmConfig) -> str:
         mounts = shlex.quote(",".join(_mounts(spec)))
         lines.append('kernels=$HOME/.cache/mixtral-run/kernels; mkdir -p "$kernels"')
         lines[0] += " --no-container-mount-home --no-container-entrypoint"
+        # Else the values that the image has for these variables take precedence.
+        lines[0] += f" --container-env={','.join(_environment(spec, settings))}"
         lines[0] += f' --container-mounts={mounts},"$job_folder:{JOB_FOLDER}:ro,$kernels:{KERNELS}"'
     step = [*lines[1:], f'{lines[0]} bash -c "$on_node" mixtral-run &']
     return _STEP.format(step="\n".join(step))

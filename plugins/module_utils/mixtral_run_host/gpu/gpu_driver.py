@@ -45,6 +45,13 @@ def _of_vendor(root, vendor, name):
     return [os.path.join(os.path.dirname(path), name) for path in found if read_text(path, "").strip() == vendor]
 
 
+def active_nvlinks():
+    """Return the number of active NVLinks of all GPUs, or None if nvidia-smi does not list them."""
+    answer = run(["nvidia-smi", "nvlink", "-s"], timeout=30)
+    links = re.findall(r"^\s*Link \d+: *(.*)$", answer.out, re.MULTILINE)
+    return None if answer.code else sum("inactive" not in state.lower() for state in links)
+
+
 def needs_fabric_manager(kind, fabric_states, gpu_names):
     """Return True if the host needs the fabric manager.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from . import driver_states, rdma
+from . import driver_states, rdma, since_acceptance
 from .gpu_driver import NO_FABRIC
 
 HOLD = (
@@ -170,7 +170,11 @@ def persistence(state, _limits):
 
 
 def remarks(state):
-    """Return what `status` warns of besides the driver's own error: fabric, next boot, lock, MIG, persistence, RDMA."""
+    """Return what `status` warns of besides the driver's own error.
+
+    These are the differences since the acceptance, fabric, next boot, lock, MIG, persistence and RDMA.
+    """
     items = [item for check in (next_boot, lock, mig, persistence, rdma.shortfall) for item in check(state, {})]
     items += _fabric(state["fabric_manager"])
-    return ["{}; expected {}".format(found, wanted) for wanted, found, _ in (item[-3:] for item in items)]
+    pairs = list(since_acceptance.differences(state)) + [item[-3:-1] for item in items]
+    return ["{}; expected {}".format(found, wanted) for wanted, found in pairs]

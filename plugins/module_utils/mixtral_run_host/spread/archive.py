@@ -42,7 +42,7 @@ class ImageArchive:
         known = self.known(image)
         if known is not None:
             return known
-        need_space(self.folder, image_bytes(image))
+        self.needed_bytes(image)
         partial = os.path.join(self.blobs_folder, _PARTIAL + uuid.uuid4().hex)
         try:
             # Saved by its ID, the archive names no tag that a load would move.
@@ -56,6 +56,14 @@ class ImageArchive:
         finally:
             remove(partial)
         return self.remember(image, digest)
+
+    def needed_bytes(self, image):
+        """Return the space that the archive of an image will take. Raise CopyError without the image or the space."""
+        size = image_bytes(image)
+        if size is None:
+            raise CopyError("its engine does not have the image {}".format(image), "look at that host")
+        need_space(self.folder, size)
+        return size
 
     def known(self, image):
         """Return the archive of an image, or None."""
@@ -114,14 +122,19 @@ class ImageArchive:
 
 
 def image_bytes(image):
-    """Return the size of an image of this host in bytes; 0 if the engine does not tell it."""
+    """Return the size of an image of this host in bytes; 0 if the engine does not tell it, None without the image."""
     answer = run(["docker", "image", "inspect", "--format", "{{.Size}}", image], timeout=30)
-    return int(answer.out) if answer.code == 0 and answer.out.strip().isdigit() else 0
+    if answer.code:
+        return None
+    return int(answer.out) if answer.out.strip().isdigit() else 0
 
 
 def need_space(folder, num_bytes):
-    """Raise CopyError unless the disk of a folder has space for so many bytes."""
-    figures = os.statvfs(folder)
+    """Raise CopyError unless the disk of a folder, which may be missing yet, has space for so many bytes."""
+    there = folder
+    while not os.path.isdir(there):
+        there = os.path.dirname(there)
+    figures = os.statvfs(there)
     free = figures.f_bavail * figures.f_frsize / 2**30
     if num_bytes and free < num_bytes / 2**30 + SPARE_GIB:
         raise CopyError(

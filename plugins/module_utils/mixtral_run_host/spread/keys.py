@@ -23,6 +23,7 @@ from .peer import forget_keys
 PROGRAMS = os.path.join(RECORD_FOLDER, "serve-files")
 """One program for each line: without it, the line allows nothing."""
 PREFIX = "mixtral-run-copy-for-"
+"""A mark is this, the name of the run that created the key, `+`, and the host that the key is for."""
 _NAME = "authorized_keys"
 
 
@@ -36,10 +37,13 @@ class UnsafeKeys(OSError):
 class Doors:
     """The lines of the kit in the authorized_keys of one user. Raise KeyError if there is no such user.
 
+    name: user. run: this run of Ansible. Only the run that created a key takes the key back while it can be in use: with
+    the strategies free and host_pinned, a source may look for keys of killed runs while another host is about to copy.
     The user owns the folder and can put links into it, so root follows none: it would give its target to the user.
     """
 
-    def __init__(self, name):
+    def __init__(self, name, run=""):
+        self._run = _plain(run)
         self.name = name or os.environ.get("SUDO_USER") or "root"
         self._user = pwd.getpwnam(self.name)
         self._folder = os.path.join(self._user.pw_dir, ".ssh")
@@ -51,8 +55,9 @@ class Doors:
 
         rate: bytes per second, 0 for no limit. most: hosts that may read at once; beyond that, `asker` is refused.
         """
-        program = _program(asker)
-        private, public = _key_pair(_mark(asker))
+        mark = self._mark(asker)
+        program = _program(mark)
+        private, public = _key_pair(mark)
         if private is None:
             return None, public
         write_text(program, program_text(folder, rate), mode=0o755)
@@ -61,7 +66,8 @@ class Doors:
         until = _clock(time.time() + hours * 3600)
         line = 'restrict,expiry-time="{}",command="{}" {}\n'.format(until, command, public)
         try:
-            busy = self._rewrite(lambda text: _without(text, [asker]), line, most)
+            # A host is in one run at a time, because of its lock: older keys of it are those of a killed run.
+            busy = self._rewrite(lambda text: _without(text, lambda _, name: name == _plain(asker)), line, most)
         except OSError as error:
             remove(program)
             return None, "{}: {}".format(error.filename or self._path, error.strerror)
@@ -71,24 +77,30 @@ class Doors:
         return private, None
 
     def close(self, asker):
-        """Take the key of `asker` back. Return True if there was one."""
-        removed = remove(_program(asker))
-        return self._changes(lambda text: _without(text, [asker])) or removed
+        """Take back the key that this run created for `asker`. Return True if there was one."""
+        mark = self._mark(asker)
+        removed = remove(_program(mark))
+        return self._changes(lambda text: _without(text, lambda run, name: _joined(run, name) == mark)) or removed
 
     def close_all(self):
         """Take back all keys. Return True if there was one."""
-        removed = _remove_programs(None)
+        removed = _remove_programs(lambda _: True)
         with contextlib.suppress(OSError):
             os.rmdir(PROGRAMS)
         return self._changes(_without_any) or removed
 
     def close_left(self, askers):
-        """Take back the keys that have expired, and those of `askers`, who copy nothing now. Return True if there was one.
+        """Take back the keys that have expired, and those that killed runs left for `askers`. Return True if there was one.
 
-        Keys of other hosts stay: another play may use them at this moment.
+        The keys of this run stay, and those of other hosts: another play may use them at this moment.
         """
-        removed = _remove_programs([_mark(name) for name in askers])
-        return self._changes(lambda text: _without(text, askers)) or removed
+        names = {_plain(asker) for asker in askers}
+
+        def is_left(run, name):
+            return run != self._run and name in names
+
+        removed = _remove_programs(lambda mark: is_left(*_parts(mark)))
+        return self._changes(lambda text: _without(text, is_left)) or removed
 
     def open_for(self):
         """Return the names of the hosts that can read now."""
@@ -134,10 +146,14 @@ class Doors:
                 # sshd reads the file as this user, at any time.
                 with naming(self._path):
                     replace_in(folder, _NAME, kept + line, mode, owner, attributes)
-            _remove_programs(set(_marks(text or "")) - set(_marks(kept + line)))
+            gone = set(_marks(text or "")) - set(_marks(kept + line))
+            _remove_programs(lambda mark: mark in gone)
             return []
         finally:
             os.close(folder)
+
+    def _mark(self, asker):
+        return _joined(self._run, _plain(asker))
 
     def _open_folder(self, make=False):
         """Open the folder of the keys; create it for its user if it is missing. Raise OSError without a home."""
@@ -194,14 +210,15 @@ def program_text(folder, rate):
     return source.replace(before, "SERVED = ({!a}, {:d})\n".format(folder, rate), 1)
 
 
-def forget_copies(user, askers):
+def forget_copies(user, run, askers):
     """Take back what a killed run left on this host: keys, also its private key of a copy. Return True if there was any.
 
-    askers: hosts of this play, whose locks it holds, so that no other play copies for them.
+    run: this run, whose keys stay. askers: hosts of this play, whose locks it holds, so that no other play copies for
+    them.
     """
     forget_keys()
     try:
-        return Doors(user).close_left(askers)
+        return Doors(user, run).close_left(askers)
     except KeyError:
         return False
 
@@ -212,18 +229,29 @@ def host_keys():
     return [" ".join(text.split()[:2]) for text in found]
 
 
-def _mark(asker):
-    return PREFIX + re.sub(r"[^\w.-]", "-", asker, flags=re.ASCII)
+def _plain(name):
+    """Return a name in letters that no shell and no sshd takes for its own, and that do not end a part of a mark."""
+    return re.sub(r"[^\w.-]", "-", name, flags=re.ASCII)
 
 
-def _program(asker):
-    return os.path.join(PROGRAMS, _mark(asker) + ".py")
+def _joined(run, name):
+    return "{}{}+{}".format(PREFIX, run, name)
 
 
-def _remove_programs(marks):
-    """Remove the programs of some marks, or all for None. Return True if there was one."""
+def _parts(mark):
+    """Return the run and the host of a mark. An older kit named no run."""
+    run, plus, name = mark[len(PREFIX) :].partition("+")
+    return (run, name) if plus else ("", run)
+
+
+def _program(mark):
+    return os.path.join(PROGRAMS, mark + ".py")
+
+
+def _remove_programs(is_gone):
+    """Remove the programs whose marks are gone. Return True if there was one."""
     found = glob.glob(os.path.join(PROGRAMS, PREFIX + "*.py"))
-    found = [path for path in found if marks is None or os.path.basename(path)[:-3] in marks]
+    found = [path for path in found if is_gone(os.path.basename(path)[:-3])]
     for path in found:
         remove(path)
     return bool(found)
@@ -241,9 +269,9 @@ def _without_any(text):
     return "".join(line for line in text.splitlines(True) if not _is_ours(line))
 
 
-def _without(text, askers):
-    """Return the text without the lines of some hosts, and without those of the kit that have expired."""
-    live = {_mark(name) for name in _askers(text)} - {_mark(name) for name in askers}
+def _without(text, is_gone):
+    """Return the text without the lines for which is_gone(run, host) is true, and without those that have expired."""
+    live = {mark for mark in _live(text) if not is_gone(*_parts(mark))}
     return "".join(line for line in text.splitlines(True) if not _is_ours(line) or line.split()[-1] in live)
 
 
@@ -264,9 +292,14 @@ def _clock(seconds):
 
 def _askers(text):
     """Return the hosts whose lines have not expired."""
+    return [_parts(mark)[1] for mark in _live(text)]
+
+
+def _live(text):
+    """Return the marks of the lines that have not expired."""
     now = _clock(time.time())
-    found = re.findall(r'^restrict,expiry-time="(\d{12})",command=.* ' + PREFIX + r"(\S+)$", text, re.MULTILINE)
-    return [name for until, name in found if until > now]
+    found = re.findall(r'^restrict,expiry-time="(\d{12})",command=.* (' + PREFIX + r"\S+)$", text, re.MULTILINE)
+    return [mark for until, mark in found if until > now]
 
 
 def _key_pair(mark):

@@ -67,8 +67,19 @@ class Peer:
     @contextlib.contextmanager
     def open_file(self, file, start):
         """Yield a stream of the file's bytes from `start` on, and True, because the other host can resume."""
+        with self._answer("get {} {}".format(file.digest, start)) as stream:
+            yield stream, True
+
+    def probe(self):
+        """Raise CopyError unless the other host can be reached with the key and serves its files."""
+        with self._answer("probe") as stream:
+            if stream.read(1):
+                raise CopyError("{}: it answers more than was asked for".format(self.target), "look at that host")
+
+    @contextlib.contextmanager
+    def _answer(self, command):
         process = subprocess.Popen(
-            self._argv + ["get {} {}".format(file.digest, start)],
+            self._argv + [command],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -79,7 +90,7 @@ class Peer:
         reader = threading.Thread(target=_keep, args=(process.stderr, errors), daemon=True)
         reader.start()
         try:
-            yield _Measured(process.stdout, self.target, self._slowest), True
+            yield _Measured(process.stdout, self.target, self._slowest)
         except BaseException:
             process.kill()  # the other host may send nothing more, and never end
             raise

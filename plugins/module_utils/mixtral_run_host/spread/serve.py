@@ -1,6 +1,7 @@
 """Serve the files of one folder over SSH. The temporary key of another host may run only this program.
 
-SSH_ORIGINAL_COMMAND is `get HASH START`: the bytes of that file from START on. The other host learns names and hashes
+SSH_ORIGINAL_COMMAND is `get HASH START`: the bytes of that file from START on; or `probe`: nothing, if the folder can be
+read. The other host learns names and hashes
 from its operator and never from this program.
 
 The module spread_source writes this file to the host that serves, so it imports only the standard library. The folder
@@ -36,9 +37,11 @@ def get_file(path, start, rate):
 def main(folder, rate, command):
     """Return None on success, or the error message."""
     asked = re.match(r"get ([0-9a-f]{40}|[0-9a-f]{64}) ([0-9]{1,18})\Z", command)
-    if asked is None:
+    if asked is None and command != "probe":
         return "only get HASH START is served"
     try:
+        if asked is None:
+            return os.scandir(folder).close()
         return get_file(os.path.join(folder, asked.group(1)), int(asked.group(2)), rate)
     except OSError as error:
         return str(error)

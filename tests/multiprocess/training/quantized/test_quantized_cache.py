@@ -28,7 +28,7 @@ from mixtral_run.weights.manifest.checkpoint_folder import LATEST
 from mixtral_run.weights.manifest.describe import describe_base
 from mixtral_run.weights.quantized_cache import layout, writer
 from tests.multiprocess.conftest import environment_of
-from tests.support.processes import warm
+from tests.support.processes import commands, warm
 from tests.support.quantized_cache import (
     RECORD,
     STALE,
@@ -297,6 +297,7 @@ from pathlib import Path
 from tests.support.quantized_cache import start
 import torch
 base, out, go = map(Path, sys.argv[1:])
+out.with_suffix(".ready").touch()
 while not go.exists():
     time.sleep(0.001)
 done = start(base)
@@ -307,12 +308,11 @@ torch.save((done.experts, done.fingerprint, done.said), out)
 def test_runs_that_start_at_once(own_checkpoint: Path, tmp_path: Path) -> None:
     quantized = start(own_checkpoint, "no")
     go, outs = tmp_path / "go", [tmp_path / f"out{number}.pt" for number in range(4)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    runs = [
-        subprocess.Popen([sys.executable, "-c", AT_ONCE, str(own_checkpoint), str(out), str(go)], env=environment)
-        for out in outs
-    ]
-    time.sleep(5)
+    runs = [commands.start(["-c", AT_ONCE, str(own_checkpoint), str(out), str(go)], environment_of()) for out in outs]
+    until = time.monotonic() + 120
+    while not all(out.with_suffix(".ready").exists() for out in outs):
+        assert time.monotonic() < until and all(run.poll() is None for run in runs)
+        time.sleep(0.02)
     go.touch()
     assert [run.wait(timeout=300) for run in runs] == [0] * len(runs)
     said = []

@@ -185,8 +185,7 @@ def test_a_host_whose_lock_was_lost_is_not_done(hosts: None, monkeypatch: pytest
     held, over = Held(), threading.Event()
     process = SimpleNamespace(stdin=io.BytesIO(), wait=lambda *_: 0)
     note = json.dumps({"command": "mixtral-run bootstrap", "user": "bob", "host": "desk", "pid": 7, "since": "now"})
-    monkeypatch.setattr(host_lock, "_take", lambda *_: (process, "busy", note))
-    host_lock._take_again(SimpleNamespace(), TWO, "mine", held, 0, over)  # type: ignore[arg-type]
+    host_lock._take_again(lambda _: (process, "busy", note), TWO, held, 0, over)  # type: ignore[arg-type, return-value]
     monkeypatch.setattr(module, "hold_locks", lambda *_: nullcontext(held))
     end, _, _ = run()
     assert [host.name for host in end.progress.bad] == ["gpu-02"] and remembered_hosts() == (TWO,)

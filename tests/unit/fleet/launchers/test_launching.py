@@ -166,6 +166,15 @@ def test_jobs_of_a_scheduler_are_listed_stopped_and_fetched(
     assert fleet_jobs.stop.name == "stop"
 
 
+def test_all_that_is_wrong_with_a_job_for_a_scheduler_is_reported_together() -> None:
+    words = ("finetune", "--load", "b", "--save", "s", "--mock-data", "--launcher", "kubernetes", "--dry-run")
+    wrong = ("--queue", "A_B", "--ulimit", "none", "--partition", "x", "--wait", "--shm-size", "1z", "--on", "gpu-01")
+    with pytest.raises(ConfigError) as refused:
+        root.main([*words, *wrong], standalone_mode=False, prog_name="mixtral-run")
+    flags = [line.split(":")[0] for line in refused.value.problems]
+    assert sorted(flags) == ["--on", "--partition", "--queue", "--shm-size", "--ulimit", "--volume", "--wait"]
+
+
 def test_a_scheduler_is_not_given_what_it_does_not_use(monkeypatch: pytest.MonkeyPatch) -> None:
     from mixtral_run.config.verbs.training import FinetuneConfig
     from mixtral_run.config.verbs.weights import ConvertConfig

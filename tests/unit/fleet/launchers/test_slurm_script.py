@@ -222,6 +222,28 @@ def test_each_node_joins_at_the_address_of_the_first(tmp_path: Path) -> None:
     assert '"device=0,1"' in words and words[words.index("--name") + 1] == "mixtral-run-7"
 
 
+def test_containers_get_the_devices_of_the_network_between_nodes_and_the_jobs_own_variables(tmp_path: Path) -> None:
+    devices = tmp_path / "infiniband"
+    devices.mkdir()
+    (devices / "uverbs0").touch(mode=0o660)
+    (devices / "uverbs0").chmod(0o660)
+    options = JobOptions(environment=("NCCL_IB_HCA=mlx5",))
+    two = script(SlurmConfig(nodes=2), options).replace("/dev/infiniband", str(devices))
+    _, output = run_script(two, tmp_path, code=0)
+    words = re.findall(r"argument (.*)", output)
+    assert words[words.index("--device") + 1] == str(devices) and "memlock=-1" in words
+    groups = [words[at + 1] for at, word in enumerate(words) if word == "--group-add"]
+    assert str((devices / "uverbs0").stat().st_gid) in groups[1:]
+    assert "infiniband" not in script(SlurmConfig(nodes=1), options)
+    for runtime in ("enroot", "apptainer"):
+        own = SlurmConfig(nodes=2, container_runtime=runtime)
+        text = script(own, JobOptions(image="a/b:1", environment=("NCCL_IB_HCA=mlx5",)))
+        assert "export HF_HOME=/huggingface\n" in text
+        if runtime == "enroot":
+            (names,) = re.findall(r"--container-env=(\S+)", text)
+            assert {"HF_HOME", "NCCL_IB_HCA", "TRITON_CACHE_DIR"} < {*names.split(",")}
+
+
 def test_options_that_a_runtime_does_not_use_are_refused() -> None:
     for runtime, options, problem in (
         ("none", JobOptions(image="x:1"), "--image: --container-runtime none does not use it"),

@@ -76,6 +76,13 @@ def test_a_removal_leaves_the_host_as_it_was(host: Host) -> None:
     assert not (host.folder / "records/packages.json").exists()
 
 
+def test_a_folder_that_only_settings_filled_goes_with_them(host: Host) -> None:
+    host.call()
+    host.programs.put("dpkg", f"[ $1 = --purge ] && rm {host.etc}/full/x")
+    host.call(state="absent")
+    assert list(host.etc.iterdir()) == []
+
+
 def test_settings_that_were_there_before_stay(host: Host) -> None:
     host.put(engine="config-files")
     host.call()

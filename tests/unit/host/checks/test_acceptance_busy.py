@@ -1,5 +1,6 @@
 """A host is not measured beside a job, and that is said."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ def settings(programs: Programs, tmp_path: Path) -> dict:  # noqa: F811
     """A host whose one GPU a process computes on."""
     programs.put(
         "nvidia-smi",
-        'case "$1" in --query-compute-apps*) echo 4711 ;; *) echo "0, H100, GPU-1, 81559, 550.1, 31, 0" ;; esac',
+        'case "$1" in --query-compute-apps*) echo 4711 ;; nvlink) printf "GPU 0: H100\\n\\t Link 0: 26.5 GB/s\\n'
+        '\\t Link 1: 26.5 GB/s\\n\\t Link 2: <inactive>\\n" ;; *) echo "0, H100, GPU-1, 81559, 550.1, 31, 0" ;; esac',
     )
     programs.put("docker", f'case "$1" in image) echo sha256:1 ;; run) echo \'{REPORT}\' ;; *) echo "{{}}" ;; esac')
     programs.put("nvidia-ctk", "echo version 1.18.1")
@@ -41,6 +43,8 @@ def test_a_job_on_the_gpus_puts_it_off(
 
 def test_it_is_done_when_they_are_idle_and_not_again(programs: Programs, settings: dict) -> None:  # noqa: F811
     call_module(MODULE, **settings, measure_when_busy=True)
+    record = json.loads((settings["record_folder"] / "acceptance.json").read_text())
+    assert record["gpus"] == {"memory_gib": {"GPU-1": 79.6}, "nvlinks": 2} and record["stamp"]["gpus"] == ["GPU-1"]
     assert call_module(MODULE, **settings)["why"] == "unchanged since it was accepted", (
         "a job is no reason to tell more"
     )

@@ -39,6 +39,10 @@ def test_active_devices_are_listed_and_bridges_to_nvswitches_are_not(root: Path)
     [
         (OPEN, "5.15.0-1050-aws", False, "DMA-BUF"),
         (OPEN, "6.8.0-51-generic", True, "DMA-BUF"),
+        (OPEN, "5.12.0", False, "DMA-BUF"),
+        (OPEN, "5.11.99", False, None),
+        (OPEN, "4.18.0-553.el8_10.x86_64", False, None),
+        (OPEN, "6.1", False, "DMA-BUF"),
         (OPEN, "5.4.0-200-generic", False, None),
         (OPEN, "5.4.0-200-generic", True, "nvidia-peermem"),
         (CLOSED, "6.8.0", False, None),

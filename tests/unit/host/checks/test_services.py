@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from ansible.module_utils.mixtral_run_host import services
+from ansible.module_utils.mixtral_run_host import commands, services
 
 from tests.unit.host.checks.test_shortfalls import _collect
 from tests.unit.host.programs import Programs, programs  # noqa: F401 - a fixture
@@ -97,3 +97,17 @@ def test_a_firewall_that_keeps_the_other_hosts_out_is_a_warning(
     monkeypatch.setitem(test_shortfalls.LIMITS, "num_hosts", num_hosts)
     found = _collect(firewall=firewall)
     assert [(each.check, each.level) for each in found] == ([("firewall", "warn")] if warns else [])
+
+
+def test_programs_are_asked_for_a_limited_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, float]] = []
+
+    def run(argv: list[str], timeout: float) -> commands.Result:
+        asked.append((" ".join(argv[:2]), timeout))
+        return commands.Result(0, "running" if argv[1] == "--state" else "", "")
+
+    monkeypatch.setattr(services, "run", run)
+    services.time_services()
+    services.firewall()
+    names = ["systemctl is-active", "ufw status", "firewall-cmd --state", "firewall-cmd --zone=trusted"]
+    assert asked == [(name, 15) for name in names]

@@ -230,3 +230,92 @@ def test_a_conflict_with_the_engine_is_a_shortfall_and_a_warning_stays_one() -> 
     found = _collect(engine_conflicts=conflicts)
     assert [tuple(each) for each in found] == [("engine", *("fail", "a", "b", "c")), ("engine", "warn", "d", "e", "f")]
     assert [each.level for each in _collect({"engine": "warn"}, engine_conflicts=conflicts)] == ["warn", "warn"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "checks"),
+    [
+        # 32 GiB of a GPU and 128 GiB of RAM may lack a twentieth: 30.4 and 121.6.
+        ({"gpus": [{"index": 0, "memory_gib": 30.4}] * 8}, []),
+        ({"gpus": [{"index": 0, "memory_gib": 30.39}] * 8}, ["gpu_memory"]),
+        ({"memory": {"ram_gib": 121.6, "swap_gib": 0.0}}, []),
+        ({"memory": {"ram_gib": 121.5, "swap_gib": 0.0}}, ["ram"]),
+        ({"memory": {"ram_gib": 100.0, "swap_gib": 21.6}}, ["ram"]),
+        ({"gpus": [*GOOD["gpus"], *GOOD["gpus"]]}, []),
+        ({"clock_offset_seconds": 30.0}, []),
+        ({"clock_offset_seconds": -30.0}, []),
+        ({"clock_offset_seconds": 30.5}, ["clock"]),
+        ({"clock_offset_seconds": None}, []),
+        ({"clock_offset_seconds": None, "clock_synchronized": None, "time_services": []}, ["clock"]),
+        ({"os": {"id": "ubuntu", "version": "24.04", "codename": "", "name": "noble"}}, []),
+        ({"os": {"id": "debian", "version": "12", "codename": "", "name": "bookworm"}}, []),
+        ({"os": {"id": "", "version": "", "codename": "", "name": ""}}, ["os"]),
+        ({"dns": {"a": None, "b": None}, "mirrors": {}}, []),
+    ],
+)
+def test_at_its_limit_a_host_passes(changes: dict, checks: list[str]) -> None:
+    assert [item.check for item in _collect(**changes)] == checks
+
+
+def test_words_of_a_shortfall() -> None:
+    (item,) = _collect(os={"id": "", "version": "", "codename": "", "name": ""})
+    assert item[2:] == ("debian 12 or newer or ubuntu 20.04 or newer", "no /etc/os-release",
+                        "install the host with one of these systems")  # fmt: skip
+    (item,) = _collect(memory={"ram_gib": 100.0, "swap_gib": 21.6})
+    assert item[1:4] == ("warn", "128 GiB of RAM", "100 GiB of RAM and 21.6 GiB of swap")
+    (item,) = _collect({"driver": "skip", "driver_agreement": "skip"}, gpus=[], driver__error="it hangs")
+    assert item.found == "0 GPUs (it hangs)"
+    (item,) = _collect(printed_at_login="x" * 100)
+    assert item.found == repr("x" * 80)
+    assert [each.expected for each in _collect(clock_offset_seconds=90.4)] == ["a clock within 30 s"]
+    assert shortfalls.render("h", [item]).splitlines()[::3] == [
+        "h is not ready: 1 shortfall.",
+        "  nothing was changed; a check can be set to warn or skip: preflight_checks: {login: warn}",
+    ]
+    # Where the host has more RAM than swap is to make up for, none is planned.
+    assert shortfalls.planned_swap(200.0, {"planned_swap_gib": "-1", "swap_target_gib": "128"}) == 0
+    assert shortfalls.planned_swap(100.0, {"planned_swap_gib": -0.5, "swap_target_gib": 128}) == 28.0
+    assert shortfalls.planned_swap(200.0, {"planned_swap_gib": 0, "swap_target_gib": 999}) == 0
+
+
+def test_what_status_warns_of_besides_the_driver() -> None:
+    assert gpu_shortfalls.remarks(GOOD) == []
+    state = copy.deepcopy(GOOD)
+    state["driver"]["open_to_upgrades"] = ["a", "b", "c"]
+    state["gpu_modes"] = {"persistence_mode": ["Enabled", "Disabled"], "mig.mode.current": ["Enabled", "Disabled"]}
+    state["rdma"] = {"devices": [{"name": "mlx5_0"}, {"name": "mlx5_1"}], "gpudirect": None}
+    state["fabric_manager"].update(state=["Completed", "In Progress"], status=["Success", "N/A"])
+    assert gpu_shortfalls.remarks(state) == [
+        "unattended upgrades may change a, b, c: library and loaded module would differ until a reboot; expected "
+        "packages of the driver that no night's upgrade changes",
+        "MIG mode on GPU 0; expected whole GPUs: jobs use no MIG instances",
+        "off on GPU 1; expected persistence mode on each GPU",
+        "neither, for mlx5_0, mlx5_1; expected GPUDirect RDMA by DMA-BUF or nvidia-peermem",
+        "GPU 1: In Progress, N/A; expected fabric.state Completed and fabric.status Success on each GPU",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        # At the oldest version that is enough, and at the oldest that gets fixes.
+        ({"driver__user": "525"}, [("driver", "warn")]),
+        ({"driver__user": "524.99"}, [("driver", "fail")]),
+        ({"driver__user": "580"}, []),
+        ({"driver__user": "579.99.9"}, [("driver", "warn")]),
+        ({"driver__user": None}, [("driver", "fail")]),
+        ({"driver__user": None, "driver__error": "it hangs"}, [("driver", "fail")]),
+    ],
+)
+def test_versions_at_the_limit(changes: dict, found: list[tuple[str, str]]) -> None:
+    items = _collect(driver__kernel=None, fabric_manager__nvswitch=False, **changes)
+    assert [item[:2] for item in items] == found
+    if changes["driver__user"] is None:
+        assert items[0].found == changes.get("driver__error", "none")
+
+
+def test_a_host_without_gpus_needs_no_driver() -> None:
+    state = copy.deepcopy(GOOD)
+    state["driver"].update(user=None, kernel=None)
+    state["fabric_manager"]["nvswitch"] = False
+    assert shortfalls.collect(state, {**LIMITS, "num_gpus": 0}, {}) == []

@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 
 import pytest
-from ansible.module_utils.mixtral_run_host import files, start
+from ansible.module_utils.mixtral_run_host import commands, files, start
 
 from tests.unit.host.conftest import ROOT, call_module, load_module
 
@@ -59,6 +59,38 @@ def test_a_refusal_of_the_system_has_path_and_next_step(
     monkeypatch.setattr(start, "_filesystem", lambda _: filesystem)
     message = start.refusal(OSError(number, os.strerror(number), "/srv/x"))
     assert "/srv/x" in message and filesystem in message and os.strerror(number) in message and words in message
+
+
+def test_refusals_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start, "_filesystem", lambda path: {"/srv/x": "ext4", "/net/x": "fuse.sshfs"}[path])
+    assert start.refusal(OSError(errno.EIO, "Input/output error", "/srv/x")) == (
+        "The host refuses a change of a file or folder.\n  where:    /srv/x (ext4)\n  found:    Input/output error\n"
+        "  next:     the disk fails: see `dmesg`"
+    )
+    assert "no_root_squash" in start.refusal(OSError(errno.EACCES, "Permission denied", "/net/x"))
+    # Without a path, or with a part of one, nothing is known about its file system.
+    for path in (None, b"/srv/x", "x"):
+        text = start.refusal(OSError(errno.EPERM, "Operation not permitted", path))
+        assert ("where" in text) is (path == "x") and f"lsattr -d {'x' if path == 'x' else 'PATH'}" in text
+    assert start.refusal(OSError("odd")).endswith("found:    odd")
+
+
+def test_the_last_lines_of_a_program() -> None:
+    result = commands.Result(1, "\n".join(map(str, range(20))), "error  \n")
+    assert commands.last_lines(result) == "13\n14\n15\n16\n17\n18\n19\nerror"
+    assert commands.last_lines(result, 1) == "error" and commands.last_lines(commands.Result(0, "", "")) == ""
+
+
+def test_the_environment_of_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+    monkeypatch.delenv("DEBIAN_FRONTEND", raising=False)
+    script = 'printf "%s|%s|%s|%s|" "$LC_ALL" "$DEBIAN_FRONTEND" "$A" "${PATH#"$B"}"; cat; echo e >&2; exit 3'
+    given = {"A": "1", "B": os.environ["PATH"]}
+    found = commands.run(["sh", "-c", script], stdin=b"in", environment=given)
+    assert found == (3, "C|noninteractive|1|:/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin|in", "e\n")
+    assert commands.run(["cat"]) == (0, "", "")
+    assert commands.run(["no-such"]) == (127, "", "no-such: not installed")
+    assert commands.run(["sleep", "9"], timeout=0.01) == (124, "", "sleep: no answer within 0.01 s")
 
 
 @pytest.mark.parametrize("function", ["fchown", "mkdir", "open"])

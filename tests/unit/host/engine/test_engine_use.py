@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from ansible.module_utils.mixtral_run_host import commands
 from ansible.module_utils.mixtral_run_host.engine import engine_use
 
 from tests.unit.host.conftest import call_module, load_module
@@ -36,11 +37,30 @@ def test_an_idle_host_is_not_busy(host: Programs) -> None:
         ("docker", "echo job; echo other", "2 containers running (job, other)"),
         ("docker", "echo 'Cannot connect to the Docker daemon' >&2; exit 1", "does not say what runs in it: Cannot"),
         ("nvidia-smi", "echo 4711", "GPU processes are running (pid 4711)"),
+        # Five are named.
+        ("docker", "echo a b c d e f", "6 containers running (a, b, c, d, e)"),
+        ("nvidia-smi", "echo 1 2 3 4 5 6", "GPU processes are running (pid 1, 2, 3, 4, 5)"),
     ],
 )
 def test_what_makes_a_host_busy(host: Programs, program: str, script: str, words: str) -> None:
     host.put(program, script)
     assert words in engine_use.why_busy()
+
+
+def test_programs_that_fail_or_hang_are_no_processes(host: Programs, monkeypatch: pytest.MonkeyPatch) -> None:
+    host.put("nvidia-smi", "echo No running processes found")
+    assert engine_use.compute_pids() == []
+    host.put("nvidia-smi", "echo 4711; exit 1")
+    assert engine_use.compute_pids() == []
+    asked: list[tuple[str, float]] = []
+
+    def run(argv: list[str], timeout: float = 60) -> commands.Result:
+        asked.append((argv[0], timeout))
+        return commands.Result(commands.MISSING, "", "")
+
+    monkeypatch.setattr(engine_use, "run", run)
+    assert engine_use.why_busy() == ""
+    assert asked == [("systemctl", 60), ("docker", 30), ("nvidia-smi", 30)]
 
 
 @pytest.mark.parametrize("state", ["inactive", "failed", "unknown"])

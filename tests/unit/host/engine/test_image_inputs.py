@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from ansible.module_utils.mixtral_run_host.commands import Result
+from ansible.module_utils.mixtral_run_host.engine import image_inputs
 
 from tests.unit.host.conftest import ROOT, call_module, load_action, load_module
 
@@ -206,3 +207,32 @@ def test_a_package_with_another_hash_has_its_own_next_step() -> None:
     assert "image_require_hashes" in MODULE.image_inputs.remedy(Result(1, "", text))
     text = "E: Version '4:13' for 'gcc' was not found\n"
     assert "image_apt_packages" in MODULE.image_inputs.remedy(Result(100, text, ""))
+
+
+def test_small_parts_of_a_build(tmp_path: Path) -> None:
+    digest, other = "sha256:" + "a" * 64, "sha256:" + "b" * 64
+    image = {"RepoDigests": [f"r@{digest}", f"s@{other}"]}
+    assert image_inputs.with_digest("base:1@sha256:x", image) == f"base:1@{digest}"
+    for none in (None, []):
+        assert image_inputs.with_digest("base:1", {"RepoDigests": none, "Id": other}) == f"base:1@{other}"
+    # SHA-256 of "abc", by FIPS 180.
+    (tmp_path / "abc").write_bytes(b"abc")
+    known = "sha256:ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert image_inputs.digest_of(tmp_path / "abc") == known
+    assert image_inputs.listed([str(tmp_path / "abc")]) == ["abc 3"]
+    assert image_inputs.proxy_variables("", "x") == {}
+    assert image_inputs.proxy_variables("p", "x") == {
+        "HTTP_PROXY": "p", "HTTPS_PROXY": "p", "NO_PROXY": "x", "http_proxy": "p", "https_proxy": "p", "no_proxy": "x",
+    }  # fmt: skip
+    assert image_inputs.build_args({"B": 2, "A": "1"}) == ["--build-arg", "A=1", "--build-arg", "B=2"]
+    argv = image_inputs.label_build("kit:1", {"b": "2", "a": "1"}, str(tmp_path / "new"))
+    assert argv == ["docker", "build", "--tag", "kit:1", "--label", "a=1", "--label", "b=2", str(tmp_path / "new")]
+    assert (tmp_path / "new/Dockerfile").read_text() == "FROM kit:1\n"
+
+
+@pytest.mark.parametrize(
+    ("driver", "variant"),
+    [("580", "cu130"), ("580.65.06", "cu130"), ("579.9", "cu126"), ("525.60.13", "cu126"), ("524.99", None)],
+)
+def test_the_build_of_torch_for_a_driver(driver: str, variant: str | None) -> None:
+    assert image_inputs.variant_for(driver) == variant

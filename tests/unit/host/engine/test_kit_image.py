@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 from ansible.module_utils.mixtral_run_host.commands import Result
+from ansible.module_utils.mixtral_run_host.spread.archive import ImageArchive
 
 from tests.unit.host.conftest import ROOT, call_module, load_module
 
@@ -54,6 +55,19 @@ def test_a_name_that_came_with_the_archive_goes_with_it(
     assert set(names) == {"kit:local", "kit:archive"}
     assert call_module(MODULE, tmp_path / "records", **given, inputs="", state="absent")["removed"] == ["kit:local"]
     assert set(names) == set(before)
+
+
+def test_an_archive_that_served_other_hosts_is_reported(
+    names: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MODULE, "ImageArchive", lambda: ImageArchive(str(tmp_path / "spread")))
+    names["kit:local"] = "v1"
+    given = {"host": "gpu-01", "source": "registry", "name": "kit:local", "inputs": "", "look": True}
+    given["registry_reference"] = "kit@sha256:" + "0" * 64
+    monkeypatch.setattr(MODULE, "forget_copies", lambda *_: False)
+    assert call_module(MODULE, tmp_path / "records", **given)["archive_left"] is False
+    (tmp_path / "spread").mkdir()
+    assert call_module(MODULE, tmp_path / "records", **given)["archive_left"] is True
 
 
 @pytest.fixture

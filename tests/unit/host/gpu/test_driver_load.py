@@ -100,3 +100,66 @@ def test_a_fabric_gets_time(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> 
     trained = lambda _: kernel.programs.put("nvidia-smi", "echo 'Enabled, Disabled, Completed, Success'")  # noqa: E731
     monkeypatch.setattr(driver_load, "time", types.SimpleNamespace(sleep=trained, monotonic=time.monotonic))
     assert driver_load.why_no_fabric(seconds=60) == ""
+
+
+def test_programs_get_the_time_that_they_need(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module loads within minutes where the GPUs are many; a build by DKMS takes half an hour at most."""
+    asked: set[tuple[str, float]] = set()
+    real = driver_load.run
+
+    def run(argv: list[str], timeout: float = 60) -> object:
+        asked.add((argv[0], timeout))
+        return real(argv, timeout=timeout)
+
+    monkeypatch.setattr(driver_load, "run", run)
+    kernel.programs.put("dkms", "exit 1")
+    assert driver_load.reload("nvswitch", print) == ""
+    assert asked == {("systemctl", 60), ("systemctl", 180), ("rmmod", 120), ("modprobe", 120), ("nvidia-smi", 300)}
+    asked.clear()
+    kernel.programs.put("rmmod", f"[ $1 = nvidia_uvm ] && exit 1; rmdir {kernel.folder}/$1")
+    assert "nvidia_uvm" in driver_load.unload()
+    assert asked == {("systemctl", 60), ("systemctl", 180), ("rmmod", 120), ("modprobe", 120)}
+    asked.clear()
+    monkeypatch.setattr(driver_load.driver_parts, "module_field", lambda *_: "")
+    monkeypatch.setattr(driver_load.driver_parts, "has_headers", lambda *_: True)
+    assert driver_load.build("k1", None) == "dkms built nothing" and asked == {("dkms", 1800)}
+    kernel.programs.put("nvidia-smi", "echo broken; exit 1")
+    assert driver_load.reload("nvlink5", print) != "" and driver_load.reload("pcie", print) != ""
+
+
+def test_modules_of_nvlink_5_are_loaded_or_named(kernel: Kernel) -> None:
+    assert driver_load.load_for_nvlink5(check_mode=True) == (["mlx5_ib", "ib_umad"], "")
+    assert not kernel.programs.calls("modprobe")
+    (kernel.folder / "mlx5_ib").mkdir()
+    assert driver_load.load_for_nvlink5(check_mode=False) == (["ib_umad"], "")
+    (kernel.folder / "ib_umad").rmdir()
+    # A part of the kernel has no folder of its own, and a module that cannot be loaded is the reason.
+    kernel.programs.put("modprobe", "exit 0")
+    assert driver_load.load_for_nvlink5(check_mode=False) == ([], "")
+    kernel.programs.put("modprobe", "echo 'FATAL: Module ib_umad not found' >&2; exit 1")
+    assert driver_load.load_for_nvlink5(check_mode=False) == ([], "FATAL: Module ib_umad not found")
+    kernel.programs.put("modprobe", "exit 1")
+    assert driver_load.load_for_nvlink5(check_mode=False) == ([], "ib_umad")
+
+
+def test_a_module_in_use_is_named_with_its_users(tmp_path: Path) -> None:
+    for name, count, holders in (("nvidia_uvm", "2", ["a", "b"]), ("nvidia", "5", ["nvidia_uvm", "x"])):
+        folder = tmp_path / "sys/module" / name
+        for holder in holders:
+            (folder / "holders" / holder).mkdir(parents=True)
+        (folder / "refcnt").write_text(count)
+    assert driver_load.in_use(str(tmp_path)) == "the module nvidia is in use (3 times)"
+    assert driver_load.in_use(str(tmp_path), without=("nvidia",)) == ""
+
+
+@pytest.mark.parametrize(
+    ("why", "words"),
+    [
+        ("modprobe: ERROR: could not insert: Key was rejected by service", "Secure Boot refuses the module"),
+        ("Required key not available", "Secure Boot refuses the module"),
+        ("could not insert 'nvidia': No such device", "the kernel sees no GPU"),
+        ("anything else", "dmesg"),
+    ],
+)
+def test_what_to_do_about_a_module_that_does_not_load(why: str, words: str) -> None:
+    assert words in driver_load.next_step(why)

@@ -9,6 +9,7 @@ import pytest
 from ansible.module_utils.mixtral_run_host.commands import Result
 from ansible.module_utils.mixtral_run_host.model import hf_download
 from ansible.module_utils.mixtral_run_host.model.hf_download import HubDownload
+from ansible.module_utils.mixtral_run_host.spread.blobs import CopyError
 
 from tests.support.servers.hub_server import COMMIT, NAME, Hub, serving
 from tests.unit.host.conftest import call_module, load_module
@@ -172,3 +173,74 @@ def test_the_proxy_is_no_word_of_the_command_line() -> None:
     assert "secret" not in " ".join(argv)
     assert argv[argv.index("HTTPS_PROXY") - 1 : argv.index("HTTPS_PROXY") + 1] == ["--env", "HTTPS_PROXY"]
     assert argv[argv.index("--user") + 1] == "1:2" and "no-new-privileges" in argv
+
+
+def test_one_download_as_docker_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf_download.os.path, "isfile", lambda _: False)
+    download = HubDownload("image", "/hf", "org/a b", "main", ["*.json", "*.bin"], "https://hub", "", "x", 1, 2)
+    own = [
+        "docker", "run", "--rm", "--network", "host", "--user", "1:2", "--cap-drop", "ALL", "--security-opt",
+        "no-new-privileges", "--pids-limit", "4096", "--read-only", "--tmpfs", "/tmp:mode=1777", "--tmpfs",
+        "/home/mixtral:mode=1777",
+    ]  # fmt: skip
+    home = hf_download.HOME
+    shared = [
+        "--env", f"HF_HOME={home}", "--env", f"HF_TOKEN_PATH={home}/token", "--env", "HF_ENDPOINT=https://hub",
+        "--env", "HF_HUB_DISABLE_TELEMETRY=1", "--env", "HF_HUB_DISABLE_UPDATE_CHECK=1", "image", "hf", "download",
+        "org/a b", "--revision", "main", "--json", "--include", "*.json", "--include", "*.bin",
+    ]  # fmt: skip
+    mount = f"type=bind,source=/hf,target={home}"
+    assert download.argv([], "name") == [*own, "--name", "name", "--mount", mount, *shared]
+    listing = [*own, "--mount", mount + ",readonly", "--env", "HF_HUB_CACHE=/tmp/listing", *shared, "--dry-run"]
+    assert download.argv(["--dry-run"], listing=True) == listing
+    asked: list[tuple[str, float]] = []
+
+    def run(argv: list[str], timeout: float, environment: object = None) -> Result:
+        asked.append((" ".join(argv[:3]), timeout))
+        return Result(0, "[]" if "--dry-run" in argv else "{}", "")
+
+    monkeypatch.setattr(hf_download, "run", run)
+    assert download.missing_image() is None
+    for act in (download.missing_bytes, download.fetch):
+        with pytest.raises(CopyError):
+            act()
+    assert asked == [
+        ("docker image inspect", 60), ("docker run --rm", 300),
+        ("docker wait mixtral-run-model-org-a-b", 604800), ("docker run --rm", 604800),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("3.0M", 3e6),
+        ("1K", 1e3),
+        ("2.5G", 2.5e9),
+        ("1.5T", 1.5e12),
+        ("12", 12.0),
+        ("-", 0.0),
+        ("3MB", 0.0),
+        (None, 0.0),
+    ],
+)
+def test_sizes_that_hf_prints(text: str | None, size: float) -> None:
+    assert hf_download._size_of(text) == size
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "words"),
+    [
+        (124, "", "run again: the download continues"),
+        (125, "anything", "run the docker and image roles"),
+        (1, "403 Client Error", "is gated"),
+        (1, "429 Too Many Requests", "the hub limits requests"),
+        (1, "Rate limit reached", "the hub limits requests"),
+        (1, "Repository Not found", "check hf_cache_model and"),
+        (1, "Local entry not found", "name a mirror"),
+        (1, "odd", "name a mirror"),
+    ],
+)
+def test_what_to_do_about_a_download_that_fails(code: int, said: str, words: str) -> None:
+    download = HubDownload("image", "/hf", "org/model", "main", [], "https://hub", "", "", 1, 2)
+    assert words in download._remedy(Result(code, "", ""), said)
+    assert hf_download._plain("\x1b[31ma\x1b[0m\n\nb\nHint: x\nc\nd\ne\n") == "b\nc\nd\ne"

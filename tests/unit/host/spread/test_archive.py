@@ -59,6 +59,15 @@ def _oci(**annotations: str) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.parametrize("engine", ["docker-20.10", "docker-26.1", "docker-26.1-containerd"])
+def test_the_ids_are_those_that_the_engines_gave_to_the_image(engine: str) -> None:
+    """Each engine saved the same image by its ID. The IDs here are those of `docker image inspect`."""
+    config = "sha256:545cc956c5db196bc9336556190f5c8386e6e9457d1bae15c328e078929a2370"
+    manifest = "sha256:aafb26c3e7ac3d9fbd1b298054b2e5a3183a01dba43b3cb5a307121a410301f3"
+    found = ids_in(Path(__file__).parent / "archives" / f"{engine}.tar")
+    assert found == ([config] if engine == "docker-20.10" else [config, manifest])
+
+
 def test_both_ids_of_an_archive_are_hashes_of_its_bytes(tmp_path: Path) -> None:
     assert ids_in(_write(tmp_path / "a", _members())) == [CONFIG_ID]
     assert ids_in(_write(tmp_path / "b", _oci())) == [CONFIG_ID, MANIFEST_ID]
@@ -154,12 +163,14 @@ class Engine:
 
     def __init__(self, known: str) -> None:
         self.calls: list[list[str]] = []
-        self.known = known
+        self.known, self.loaded = known, ""
 
     def run(self, argv: list[str], **_: object) -> Result:
         self.calls.append(argv)
         if argv[1] == "save":
             _write(Path(argv[3]), _members())
+        if argv[1] == "load":
+            return Result(0, self.loaded, "")
         there = argv[1] != "image" or argv[-1] == self.known
         return Result(int(not there), self.known if "{{.Id}}" in argv else "1000", "")
 
@@ -217,6 +228,17 @@ def test_an_image_is_loaded_named_and_recorded_and_its_archive_serves_others(
 
 def found_digest(tmp_path: Path) -> str:
     return hashlib.sha256((tmp_path / "theirs.tar").read_bytes()).hexdigest()
+
+
+def test_an_engine_with_a_manifest_of_its_own_says_its_id(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Docker 26.1 with its images in containerd loads an archive of Docker 20.10, and gives it another ID."""
+    own = engine.known = "sha256:6e4679706cf7d636958978ec317897ca280035475b9cab09ec4c64782e84f6e7"
+    engine.loaded = f"Loaded image ID: {own}\n"
+    found = _copy(tmp_path, monkeypatch, _members())
+    assert engine.calls[-1] == ["docker", "tag", own, "kit:local"] and found["image"]["id"] == own
+    assert found["spread"]["content"]["id"] == CONFIG_ID, "the name by which the hosts of the fleet know it"
 
 
 @pytest.mark.parametrize(
@@ -287,15 +309,58 @@ def test_the_archive_stays_locked_until_the_key_exists(
 
         gid, name = os.getegid(), "ops"
 
-        def __init__(self, _: str) -> None: ...
+        def __init__(self, *_: str) -> None: ...
 
         def open(self, *_: object) -> tuple[str, None]:
             found.append(ImageArchive().remove(list))
             return "key", None
 
     monkeypatch.setattr(SOURCE, "Doors", Doors)
-    answer = call_module(SOURCE, tmp_path, state="open", asker="gpu-02", image=CONFIG_ID)
-    assert found == [False] and answer["file"][0] == CONFIG_ID and ImageArchive().exists()
+    given = {"asker": "gpu-02", "image": CONFIG_ID}
+    first = call_module(SOURCE, tmp_path, state="open", **given)
+    assert first["num_bytes"] == 1000 and engine.verbs() == [], "it is saved after the other host tried the connection"
+    saved, again = (call_module(SOURCE, tmp_path, state="saved", **given) for _ in range(2))
+    assert saved["file"] == again["file"] and (saved["changed"], again["changed"]) == (True, False)
+    answer = call_module(SOURCE, tmp_path, state="open", **given)
+    assert found == [False, False] and answer["file"] == saved["file"] and answer["file"][0] == CONFIG_ID
+    assert engine.verbs() == ["save"] and ImageArchive().exists()
+
+
+def test_a_source_without_the_image_or_the_space_says_so_before_anything_else(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SOURCE, "Doors", lambda *_: None)
+    given = {"state": "open", "asker": "gpu-02"}
+    found = call_module(SOURCE, tmp_path, image="sha256:" + "0" * 64, **given)
+    assert "does not have the image sha256:000" in found["problem"] and "private_key" not in found
+    monkeypatch.setattr(archive, "need_space", NEED_SPACE)
+    monkeypatch.setattr(archive, "SPARE_GIB", 1 << 40)
+    assert "GiB free" in call_module(SOURCE, tmp_path, image=CONFIG_ID, **given)["problem"]
+    assert not (tmp_path / "spread").exists()
+
+
+def test_connection_and_space_are_tried_before_the_source_saves_its_image(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers: list[CopyError | None] = [CopyError("ops@gpu-01:22: Permission denied", "look there"), None]
+
+    class Peer:
+        """STAND-IN for another host that is reached at the second time."""
+
+        def probe(self) -> None:
+            if (problem := answers.pop(0)) is not None:
+                raise problem
+
+    monkeypatch.setattr(MODULE, "connected", lambda *_: contextlib.nullcontext(Peer()))
+    given = {"host": "gpu-02", "name": "kit:local", "peer": "gpu-01", "content": {"id": CONFIG_ID}, "probe": True}
+    found = call_module(MODULE, tmp_path, num_bytes=10**9, **given)
+    assert found["failed"] and (found["found"], found["blame"]) == ("ops@gpu-01:22: Permission denied", "source")
+    # The role takes a message for a failure.
+    assert call_module(MODULE, tmp_path, num_bytes=10**9, **given) == {"changed": False}
+    monkeypatch.setattr(MODULE, "need_space", NEED_SPACE)
+    found = call_module(MODULE, tmp_path, num_bytes=1 << 60, **given)
+    assert "the archive of the image takes" in found["found"] and found["blame"] == "me"
+    assert engine.calls == [] and not (tmp_path / "spread").exists()
 
 
 def test_an_image_is_saved_once_by_its_id(engine: Engine, tmp_path: Path) -> None:

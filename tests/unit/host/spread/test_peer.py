@@ -1,16 +1,21 @@
 """A host serves files to the key of another host, and nothing else; the other host trusts no byte of it."""
 
 import hashlib
+import io
 import os
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from ansible.module_utils.mixtral_run_host.commands import Result
 from ansible.module_utils.mixtral_run_host.model.model_cache import ModelCache
+from ansible.module_utils.mixtral_run_host.spread import archive, blobs
 from ansible.module_utils.mixtral_run_host.spread import peer as peer_module
+from ansible.module_utils.mixtral_run_host.spread import serve as serve_module
 from ansible.module_utils.mixtral_run_host.spread.blobs import CopyError, RemoteFile
 from ansible.module_utils.mixtral_run_host.spread.keys import program_text
 from ansible.module_utils.mixtral_run_host.spread.peer import Peer
@@ -80,6 +85,13 @@ def test_what_is_not_there_is_reported_and_a_link_is_not_followed(cache: ModelCa
     assert done.stdout == b"" and b"symbolic links" in done.stderr
 
 
+def test_a_probe_finds_out_whether_files_would_be_served(cache: ModelCache, tmp_path: Path) -> None:
+    done = serve(cache, "probe")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    Path(cache.folder).rename(tmp_path / "gone")
+    assert b"No such file" in serve(cache, "probe").stderr
+
+
 @pytest.fixture
 def peer(cache: ModelCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Peer:
     """STAND-IN for ssh: the program that the key is bound to runs here. The real one is in the role's scenario."""
@@ -113,6 +125,7 @@ def test_a_model_is_taken_over_and_resumed(peer: Peer, tmp_path: Path) -> None:
     mine = fetch(peer, home)
     snapshot = Path(mine.folder) / "snapshots" / COMMIT
     assert (snapshot / "model.safetensors").read_bytes() == WEIGHTS
+    peer.probe()
 
 
 def _replace_ssh(tmp_path: Path, *lines: str) -> None:
@@ -186,6 +199,8 @@ def test_the_words_of_the_connection(tmp_path: Path, peer: Peer) -> None:
     assert "reach each other by SSH" in failure.value.remedy
     words = (tmp_path / "words").read_text().splitlines()
     assert words[-5:] == ["-l", "ops", "--", "gpu-01", f"get {hashlib.sha256(WEIGHTS).hexdigest()} 0"]
+    with pytest.raises(CopyError, match=r"ops@gpu-01:22: Permission denied"):
+        peer.probe()
     assert "StrictHostKeyChecking=yes" in words and "UserKnownHostsFile=/known_hosts" in words
 
 
@@ -200,3 +215,97 @@ def test_a_slow_host_is_given_up_and_what_came_is_kept(
         fetch(slow, tmp_path / "mine")
     (part,) = (tmp_path / "mine").rglob("*.incomplete")
     assert set(part.read_bytes()) <= set(b"x")
+
+
+def test_ssh_as_it_is_called() -> None:
+    peer = Peer("10.0.0.7", 2222, "me@x", "/k", "/hosts")
+    options = [
+        "BatchMode=yes", "IdentitiesOnly=yes", "StrictHostKeyChecking=yes", "UserKnownHostsFile=/hosts",
+        "GlobalKnownHostsFile=/dev/null", "ConnectTimeout=20", "ServerAliveInterval=15", "Compression=no",
+        "LogLevel=ERROR",
+    ]  # fmt: skip
+    words = [word for option in options for word in ("-o", option)]
+    assert peer._argv == ["ssh", "-F", "none", "-p", "2222", "-i", "/k", *words, "-l", "me@x", "--", "10.0.0.7"]
+    assert peer.target == "me@x@10.0.0.7:2222"
+    assert (peer_module.SLOW_SECONDS, peer_module.IDLE_SECONDS, peer_module.END_SECONDS) == (30, 120, 30)
+
+
+@pytest.mark.parametrize(
+    ("slowest", "num_bytes", "words"),
+    [
+        # 60 bytes in 30 s are 2 each second.
+        (2, 60, None),
+        (2, 59, "slower than"),
+        (0, 1, None),
+        (2, 0, "slower than"),
+        (0, 0, "nothing arrived for 120 s"),
+    ],
+)
+def test_how_fast_a_source_must_be(
+    monkeypatch: pytest.MonkeyPatch, slowest: int, num_bytes: int, words: str | None
+) -> None:
+    """Before 30 s are over nothing is measured, and then the next 30 s begin."""
+    now, waits = [100.0], []
+    reading, writing = os.pipe()
+    os.write(writing, bytes(num_bytes))
+    real = peer_module.select.select
+
+    def select(pipes: list[object], *_: object) -> object:
+        waits.append(_[-1])
+        return real(pipes, [], [], 0)
+
+    monkeypatch.setattr(peer_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(peer_module.select, "select", select)
+    with os.fdopen(reading, "rb") as pipe:
+        stream = peer_module._Measured(pipe, "host", slowest)
+        if num_bytes > 1:
+            now[0] = 129.9
+            assert len(stream.read(1)) == 1
+            num_bytes -= 1
+        now[0] = 130.0
+        if words:
+            with pytest.raises(CopyError, match=words):
+                stream.read(1000)
+        else:
+            assert len(stream.read(num_bytes)) == num_bytes
+            assert stream._since == (130.0 if slowest else 100.0)
+    os.close(writing)
+    assert set(waits) == {30 if slowest else 120}
+
+
+def test_a_limited_rate_is_kept_in_quarters_of_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """8 bytes a second: 2 at a time. The clock stands still, so that every part waits until its time has come."""
+    (tmp_path / "file").write_bytes(b"0123456789")
+    sent, slept = io.BytesIO(), []
+    monkeypatch.setattr(serve_module.sys, "stdout", SimpleNamespace(buffer=sent))
+    monkeypatch.setattr(serve_module.time, "monotonic", lambda: 50.0)
+    monkeypatch.setattr(serve_module.time, "sleep", slept.append)
+    serve_module.get_file(str(tmp_path / "file"), 3, 8)
+    assert sent.getvalue() == b"3456789" and slept == [0.25, 0.5, 0.75, 0.875]
+    slept.clear()
+    serve_module.get_file(str(tmp_path / "file"), 0, 0)
+    serve_module.get_file(str(tmp_path / "file"), 8, 3)  # less than one byte in a quarter of a second
+    assert sent.getvalue()[7:] == b"012345678989" and slept == [pytest.approx(1 / 3), pytest.approx(2 / 3)]
+
+
+def test_figures_of_a_copy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    files = [("a", 3_000_000_000, "x"), ("b", 500_000_000, "y")]
+    assert blobs.copied("it", "gpu-01", files, 7.0) == "has it: 3.5 GB from gpu-01 in 7 s (500 MB/s)"
+    assert blobs.copied("it", "gpu-01", [], 0) == "has it: 0.0 GB from gpu-01 in 0 s (0 MB/s)"
+    for result, expected in ((Result(0, "123\n", ""), 123), (Result(1, "123\n", ""), 0), (Result(0, "<no>", ""), 0)):
+        monkeypatch.setattr(archive, "run", lambda *_, result=result, timeout: result if timeout == 30 else None)
+        assert archive.image_bytes("kit") == expected
+    # 8 GiB are free, of which 5 stay: an archive of 3 GiB fits.
+    figures = SimpleNamespace(f_bavail=2 << 20, f_frsize=4096, f_bsize=1)
+    monkeypatch.setattr(archive.os, "statvfs", lambda _: figures)
+    archive.need_space("/x", 3 << 30)
+    with pytest.raises(CopyError, match=r"8.0 GiB free under /x; the archive of the image takes 3.0 GiB"):
+        archive.need_space("/x", (3 << 30) + 1)
+    figures.f_bavail = 0
+    archive.need_space("/x", 0)
+    monkeypatch.setattr(archive.time, "time", lambda: 7.5)
+    assert archive.image_report("gpu-01", "inputs", None) == {
+        "identity": "inputs", "looked": 7.5, "holds": False,
+        "content": {"id": None, "inputs": "inputs", "source": "gpu-01"},
+    }  # fmt: skip
+    assert archive.image_report("gpu-01", "inputs", "sha256:1")["holds"] is True

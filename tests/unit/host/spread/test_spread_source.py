@@ -29,7 +29,8 @@ def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pwd.struct_passwd:
 
 def _ask(tmp_path: Path, state: str, asker: str = "gpu-02", **more: object) -> dict:
     (tmp_path / "blobs").mkdir(exist_ok=True)
-    return call_module(MODULE, tmp_path, state=state, asker=asker, folder=str(tmp_path / "blobs"), **more)
+    given = {"run_id": "1a", "folder": str(tmp_path / "blobs")} | more
+    return call_module(MODULE, tmp_path, state=state, asker=asker, **given)
 
 
 def test_it_opens_and_closes_and_leaves_the_rest(user: pwd.struct_passwd, tmp_path: Path) -> None:
@@ -44,7 +45,7 @@ def test_it_opens_and_closes_and_leaves_the_rest(user: pwd.struct_passwd, tmp_pa
         assert "PRIVATE KEY" in _ask(tmp_path, "open")["private_key"]
     first, second = keys.read_text().splitlines()
     assert first == OWN
-    assert second.startswith("restrict,expiry-time=") and second.endswith(" mixtral-run-copy-for-gpu-02")
+    assert second.startswith("restrict,expiry-time=") and second.endswith(" mixtral-run-copy-for-1a+gpu-02")
     assert (stat.S_IMODE(keys.stat().st_mode), keys.stat().st_uid) == (0o640, owner)
     _ask(tmp_path, "closed")
     assert keys.read_text() == OWN + "\n" and not list((tmp_path / "programs").iterdir())
@@ -102,7 +103,7 @@ def test_a_host_serves_no_more_than_it_may_and_forgets_expired_keys(user: pwd.st
     # One that asks again takes its own place.
     assert "private_key" in _ask(tmp_path, "open", "gpu-03", most=2)
     authorized = tmp_path / "ops/.ssh/authorized_keys"
-    program = tmp_path / "programs/mixtral-run-copy-for-gpu-02.py"
+    program = tmp_path / "programs/mixtral-run-copy-for-1a+gpu-02.py"
     assert f"SERVED = ('{tmp_path}/blobs', {5 * 2**20})" in program.read_text(), "half of the rate for each of two"
     authorized.write_text(authorized.read_text().replace('expiry-time="2', 'expiry-time="1', 1))
     assert "private_key" in _ask(tmp_path, "open", "gpu-04", most=2)
@@ -136,7 +137,7 @@ def test_the_line_holds_words_of_the_kit_only_and_a_time_that_old_servers_read(
     monkeypatch.setenv("TZ", "Pacific/Kiritimati")
     call_module(MODULE, tmp_path, state="open", asker="gpu-02; id é", folder=str(folder), hours=1)
     (line,) = (tmp_path / "ops/.ssh/authorized_keys").read_text().splitlines()
-    command = rf"/usr/bin/env python3 ({tmp_path}/programs/[\w.-]+)"
+    command = rf"/usr/bin/env python3 ({tmp_path}/programs/[\w.+-]+)"
     form = rf'restrict,expiry-time="(\d{{12}})",command="{command}" ssh-ed25519 \S+ \S+'
     words = re.fullmatch(form, line, re.ASCII)
     assert words is not None
@@ -183,7 +184,35 @@ def test_a_look_takes_back_expired_keys_and_those_of_its_own_hosts_only(
     (tmp_path / "ops").mkdir()
     for number, asker in enumerate(("gpu-02", "gpu-03", "theirs")):
         _ask(tmp_path, "open", asker, hours=number, most=9)
-    assert keys.forget_copies("ops", ["gpu-03"]) and not keys.forget_copies("ops", ["gpu-03"])
-    (line,) = (tmp_path / "ops/.ssh/authorized_keys").read_text().splitlines()
-    assert line.endswith(" mixtral-run-copy-for-theirs")
-    assert [each.name for each in (tmp_path / "programs").iterdir()] == ["mixtral-run-copy-for-theirs.py"]
+    assert keys.forget_copies("ops", "2b", ["gpu-03"]) and not keys.forget_copies("ops", "2b", ["gpu-03"])
+    assert _marks(tmp_path) == ["mixtral-run-copy-for-1a+theirs"]
+
+
+def _marks(tmp_path: Path) -> list[str]:
+    """The marks of the lines, which are those of the programs."""
+    lines = (tmp_path / "ops/.ssh/authorized_keys").read_text().splitlines()
+    found = sorted(line.split()[-1] for line in lines)
+    assert found == sorted(each.stem for each in (tmp_path / "programs").iterdir())
+    return found
+
+
+def test_a_key_that_is_about_to_be_used_is_its_own_runs_to_take_back(
+    user: pwd.struct_passwd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With strategy free, a host that has the image looks for the model while gpu-02 is about to copy the image."""
+    monkeypatch.setattr(keys, "forget_keys", lambda: None)
+    (tmp_path / "ops").mkdir()
+    _ask(tmp_path, "open", "gpu-02")
+    assert not keys.forget_copies("ops", "1a", ["gpu-02", "gpu-03"])
+    # Another run has another host of this name.
+    assert not _ask(tmp_path, "closed", "gpu-02", run_id="2b")["changed"]
+    assert _marks(tmp_path) == ["mixtral-run-copy-for-1a+gpu-02"]
+    # A killed run's is replaced at once, so that it takes no place, and so is one that an older kit left.
+    for run in ("2b", ""):
+        assert "private_key" in _ask(tmp_path, "open", "gpu-02", run_id=run, most=1)
+    authorized = tmp_path / "ops/.ssh/authorized_keys"
+    authorized.write_text(authorized.read_text().replace("for-+", "for-"))
+    (program,) = (tmp_path / "programs").iterdir()
+    program.rename(program.with_name(program.name.replace("for-+", "for-")))
+    assert _marks(tmp_path) == ["mixtral-run-copy-for-gpu-02"]
+    assert keys.forget_copies("ops", "1a", ["gpu-02"]) and _marks(tmp_path) == []

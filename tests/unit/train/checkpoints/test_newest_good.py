@@ -6,6 +6,7 @@ import json
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,14 @@ from mixtral_run.errors import MixtralRunError, WeightsError
 from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.terminal.report import Report
+from mixtral_run.train.checkpoints import newest_good as module
 from mixtral_run.train.checkpoints.newest_good import newest_good, settle_resume
+from mixtral_run.train.checkpoints.resume_checks import (
+    RunCompleteError,
+    check_not_complete,
+    full_checkpoint_bytes,
+    weight_size,
+)
 from mixtral_run.train.preflight import output_problems
 from mixtral_run.weights.manifest.describe import describe_adapter
 from mixtral_run.weights.manifest.manifest import write_manifest
@@ -117,6 +125,69 @@ def test_a_folder_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other/mine.txt").write_text("")
     assert "expected a new or empty folder" in output_problems(tmp_path / "other", resume="auto")[0]
+
+
+def test_another_rank_takes_the_answer_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add(tmp_path, 5)
+    answers = [True, False]
+
+    def broadcast(into: list[Any]) -> None:
+        assert into == [None]
+        into[0] = answers.pop(0)
+
+    monkeypatch.setattr(module.dist, "broadcast_object_list", broadcast)
+    mesh: Any = SimpleNamespace(is_first=False, world_size=2)
+    assert settle_resume(config(tmp_path, "auto"), mesh, Report()).resume == "yes"
+    assert settle_resume(config(tmp_path, "auto"), mesh, Report()).resume is None
+    assert settle_resume(config(tmp_path, "yes"), mesh, Report()).resume == "yes"
+
+
+def test_an_iteration_in_the_folder_of_another_one_is_damaged(tmp_path: Path) -> None:
+    add(tmp_path, 5).rename(tmp_path / "iter_0000008")
+    (tmp_path / "iter_0000000").mkdir()
+    (tmp_path / "iter_0000009").write_text("a file")
+    found = newest_good(tmp_path, describe_adapter)
+    assert found.adapter is None
+    assert found.damaged == ((tmp_path / "iter_0000008", "its mixtral_run.json is that of iteration 5"),)
+
+
+def of_run(**values: Any) -> Any:
+    given = {"early_stopping_patience": 0, "knows_iterations": True, "iterations": 100, "epochs": None}
+    return SimpleNamespace(**{**given, **values})
+
+
+@pytest.mark.parametrize(
+    ("run", "iteration", "without", "what"),
+    [
+        (of_run(), 99, 0, None),
+        (of_run(), 100, 0, "iteration 100 of 100. A larger --train-iters trains on"),
+        (of_run(epochs=2.0), 101, 0, "iteration 101 of 100. A larger --epochs trains on"),
+        (of_run(knows_iterations=False), 100, 0, None),
+        (of_run(early_stopping_patience=3), 50, 2, None),
+        (of_run(early_stopping_patience=3), 50, 3, "after 3 evaluations without a loss below that of iteration 20"),
+        (of_run(early_stopping_patience=0), 50, 3, None),
+    ],
+)
+def test_a_run_that_has_reached_its_end(run: Any, iteration: int, without: int, what: str | None) -> None:
+    validation = {"iteration": 50, "loss": 2.0, "best_iteration": 20, "best_loss": 1.0}
+    folder = Path("/save/iter_0000050")
+    if what is None:
+        check_not_complete(run, folder, iteration, {**validation, "num_without_improvement": without})
+        return
+    with pytest.raises(RunCompleteError) as caught:
+        check_not_complete(run, folder, iteration, {**validation, "num_without_improvement": without})
+    assert what in caught.value.what and caught.value.where == str(folder)
+
+
+def test_bytes_of_the_checkpoints_of_full_fine_tuning() -> None:
+    """Of each weight: itself, and 12 bytes of the optimizer. After 6, 12 and 18, and at the end: 4 checkpoints."""
+    base: Any = SimpleNamespace(dtype="bfloat16", architecture=SimpleNamespace(num_parameters=1000))
+    other: Any = SimpleNamespace(dtype="float16")
+    sizes = [weight_size(SimpleNamespace(dtype=dtype), base) for dtype in ("bf16", "fp32", "auto")]  # type: ignore[arg-type]
+    assert sizes == [2, 4, 2] and weight_size(SimpleNamespace(dtype="auto"), other) == 4  # type: ignore[arg-type]
+    run: Any = SimpleNamespace(dtype="bf16", iterations=20, save_interval=6, keep_last=None)
+    assert full_checkpoint_bytes(run, base, 0) == 1000 * 14 * 4
+    assert full_checkpoint_bytes(run, base, 12) == 1000 * 14 * 2
 
 
 def parsed(config_class: type[FinetuneConfig], *words: str) -> object:

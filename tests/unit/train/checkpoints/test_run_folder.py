@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import threading
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from mixtral_run.config.verbs.training import FinetuneConfig
+from mixtral_run.errors import ConfigError
 from mixtral_run.run_lock import lock_problems
 from mixtral_run.terminal.report import Report
 from mixtral_run.train.checkpoints import run_folder
 from mixtral_run.train.checkpoints.run_folder import (
+    check_shared,
     drop_later_lines,
     growing_files,
     num_checkpoints,
@@ -152,3 +157,63 @@ def test_only_the_first_rank_holds_the_lock(tmp_path: Path, monkeypatch: pytest.
     assert lock_problems(lock, "--save adapter") == []
     with run_folder.own_output(None, "finetune"):
         assert lock_problems(lock, "--save adapter") == []
+
+
+class TwoHosts:
+    """STAND-IN for torch.distributed between two threads, each of which is a host with one process."""
+
+    def __init__(self) -> None:
+        self.barrier = threading.Barrier(2, timeout=10)
+        self.local = threading.local()
+        self.values: list[Any] = [None, None]
+
+    def all_gather_object(self, found: list[Any], own: Any) -> None:
+        self.values[self.local.rank] = own
+        self.barrier.wait()
+        found[:] = self.values
+        self.barrier.wait()
+
+    def broadcast_object_list(self, values: list[Any]) -> None:
+        found: list[Any] = [None, None]
+        self.all_gather_object(found, values[0])
+        values[0] = found[0]
+
+    def check(self, folders: list[Path]) -> list[str]:
+        """Return what each host raises, as text."""
+        raised = ["", ""]
+
+        def host(rank: int) -> None:
+            self.local.rank = rank
+            try:
+                check_shared(folders[rank], SimpleNamespace(rank=rank, world_size=2, is_first=rank == 0))  # type: ignore[arg-type]
+            except ConfigError as error:
+                raised[rank] = str(error)
+
+        threads = [threading.Thread(target=host, args=(rank,)) for rank in (0, 1)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join(20)
+        return raised
+
+
+def test_hosts_that_do_not_share_the_folder_are_named_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = TwoHosts()
+    monkeypatch.setattr(run_folder, "dist", two)
+    monkeypatch.setattr(run_folder.socket, "gethostname", lambda: f"gpu-0{two.local.rank + 1}")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    here, there, taken = tmp_path / "a/run", tmp_path / "b/run", tmp_path / "taken"
+    assert two.check([here, here]) == ["", ""]
+    assert here.is_dir() and not list(here.iterdir())
+    first, second = two.check([here, there])
+    assert all("gpu-02: writes to another folder" in each and "gpu-01" not in each for each in (first, second))
+    assert not there.exists() and not list(here.iterdir())
+    taken.write_text("a file")
+    assert "gpu-02: cannot write there" in two.check([here, taken / "run"])[0]
+    # All processes of one host have the same disks.
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    check_shared(tmp_path / "never", SimpleNamespace(rank=1, world_size=2, is_first=False))  # type: ignore[arg-type]
+    assert not (tmp_path / "never").exists()

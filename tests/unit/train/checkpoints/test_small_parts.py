@@ -1,4 +1,4 @@
-"""Small parts of a save, by themselves: what fails and why, what is spoiled, what stays, what is taken along."""
+"""Small parts of a save, by themselves: what fails and why, what is spoiled, what stays, what other ranks say."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from mixtral_run.config.verbs.training import FinetuneConfig
-from mixtral_run.errors import TrainingError
+from mixtral_run.errors import TrainingError, WeightsError
 from mixtral_run.terminal.report import Report
-from mixtral_run.train.checkpoints import run_folder, save_failure, soundness
+from mixtral_run.train.checkpoints import adapter_check, background, checkpoint, run_folder, save_failure, soundness
+from mixtral_run.train.checkpoints.save_target import SaveTarget
 from mixtral_run.weights.manifest.run_state import FilePrefix
 
 
@@ -163,3 +164,144 @@ def test_what_a_killed_save_left_goes(tmp_path: Path) -> None:
         (tmp_path / name / "file").write_text("")
     run_folder.remove_partial_checkpoints(tmp_path)
     assert {each.name for each in tmp_path.iterdir()} == {"iter_0000004", ".other.partial"}
+
+
+def others_say(monkeypatch: pytest.MonkeyPatch, *found: Any, group: Any = None) -> None:
+    """Let an all-gather return this rank's value, and those of the other ranks after it."""
+
+    def gather(into: list[Any], own: Any, group: Any = group) -> None:
+        assert len(into) == 1 + len(found)
+        into[:] = [own, *found]
+
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+
+
+def mesh_of(rank: int, size: int) -> Any:
+    return SimpleNamespace(rank=rank, world_size=size, is_first=rank == 0)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_of_any_rank_ends_the_step_of_a_save_on_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    target = SaveTarget(mesh_of(rank, 2), tmp_path, 7, what="model")
+    assert (target.final, target.partial) == (tmp_path / "iter_0000007", tmp_path / ".iter_0000007.partial")
+    others_say(monkeypatch, None)
+    assert target.on_all_ranks(lambda: 5) == 5
+    ran: list[int] = []
+    target.on_first_rank(lambda: ran.append(1))
+    assert len(ran) == (rank == 0)
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    target.partial.mkdir()
+    with pytest.raises(TrainingError) as caught:
+        target.on_all_ranks(full)
+    assert caught.value.what == "The model of iteration 7 cannot be saved."
+    assert caught.value.found == "No space left on device"
+    # The first rank alone makes room.
+    assert target.partial.exists() == (rank == 1)
+    with pytest.raises(KeyError):
+        target.on_all_ranks(lambda: {}["gone"])
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        target.on_all_ranks(lambda: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError("out of memory")))
+    others_say(monkeypatch, TrainingError("Of the other rank."))
+    with pytest.raises(TrainingError, match="Of the other rank"):
+        target.on_all_ranks(lambda: 5)
+
+
+def test_parts_of_all_ranks_are_on_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gather(value: Any, into: list[Any] | None, dst: int, group: Any) -> None:
+        assert (dst, group) == (0, "group")
+        if into is not None:
+            into[:] = [value, *into[1:]]
+
+    monkeypatch.setattr("torch.distributed.gather_object", gather)
+    found = [SaveTarget(mesh_of(rank, 3), tmp_path, 1, "group").gather(4) for rank in (0, 1)]  # type: ignore[arg-type]
+    assert found == [[4, None, None], []]
+
+
+def test_each_rank_compares_its_share_of_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files a, b, c and d: the second of two ranks compares b and d. The marker is the first rank's."""
+    folder = tmp_path / "iter_0000001"
+    folder.mkdir()
+    names = [f"__{number}_0.distcp" for number in range(4)]
+    for name in names:
+        (folder / name).write_bytes(name.encode())
+    files = {name: zlib.crc32(b"other") for name in reversed(names)}
+    adapter: Any = SimpleNamespace(folder=folder, files=files)
+    others_say(monkeypatch, ["of the other"])
+    with pytest.raises(WeightsError) as caught:
+        adapter_check.check_saved_files(adapter, mesh_of(1, 2))
+    assert [line.split(":")[0] for line in caught.value.problems] == [names[1], names[3], "of the other"]
+    monkeypatch.setattr(adapter_check, "open_checkpoint", lambda _: SimpleNamespace(folder=tmp_path))
+    monkeypatch.setattr(adapter_check, "tokenizer_file_problems", lambda _: ["tokenizer"])
+    monkeypatch.setattr(adapter_check, "marker_problems", lambda *given: [f"marker {given == (tmp_path, folder)}"])
+    with pytest.raises(WeightsError) as caught:
+        adapter_check.check_saved_files(adapter, mesh_of(0, 2))
+    assert [line.split(":")[0] for line in caught.value.problems] == [
+        names[0], names[2], "marker True", "tokenizer", "of the other",
+    ]  # fmt: skip
+    others_say(monkeypatch, [])
+    adapter_check.check_saved_files(SimpleNamespace(folder=folder, files={}), mesh_of(1, 2))  # type: ignore[arg-type]
+
+
+def test_a_save_is_over_when_it_is_on_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    states: list[float] = []
+
+    def reduce(state: torch.Tensor, op: Any) -> None:
+        assert op == torch.distributed.ReduceOp.MIN
+        state.fill_(min(float(state), states.pop(0)))
+
+    monkeypatch.setattr("torch.distributed.all_reduce", reduce)
+    task = background.BackgroundTask(lambda: None, mesh_of(0, 2), tmp_path / "iter_0000003", 10)
+    task.join_after_error()
+    states[:] = [1.0, 2.0]  # running on the other rank, then over
+    assert [task.is_over(), task.is_over()] == [False, True]
+    states[:] = [0.0]  # late there
+    others_say(monkeypatch, True)
+    with pytest.raises(TrainingError) as late:
+        task.is_over()
+    assert late.value.what == "The checkpoint iter_0000003 is not on the disk after 540 s."
+    assert (late.value.found, late.value.where) == ("still writing: rank 1", str(tmp_path))
+    failing = background.BackgroundTask(lambda: 1 / 0 and None, mesh_of(0, 1), tmp_path, 10)
+    failing.wait()
+    with pytest.raises(ZeroDivisionError):
+        failing.result()
+
+
+def test_reading_hf_weights_ends_on_all_ranks_and_padding_is_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The vocabulary has 5 rows, of which the model's tensor has 8."""
+
+    def shard(key: str, rows: int) -> Any:
+        return SimpleNamespace(key=key, global_shape=(rows, 2), global_offset=(0, 0), data=torch.full((2, 2), 7.0))
+
+    weights: Any = SimpleNamespace(architecture=SimpleNamespace(vocab_size=5), sources="sources")
+    outcomes: list[Any] = [["first"], ["second"]]
+    monkeypatch.setattr(checkpoint, "read_into", lambda _, targets: outcomes.pop(0) if list(targets) else [])
+    monkeypatch.setattr(checkpoint, "checksums_of", lambda sources, parts: {sources: list(parts)})
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    others_say(monkeypatch, ["of another"], [])
+    reading = checkpoint._HfReading(weights)
+    embedding, exact = shard("embedding.word_embeddings.weight", 8), shard("output_layer.weight", 5)
+    norm = shard("decoder.final_layernorm.weight", 8)
+    reading.read({"a": embedding, "b": exact, "c": norm})
+    reading.read({"a": exact})
+    assert [float(each.data.sum()) for each in (embedding, exact, norm)] == [0.0, 28.0, 28.0]
+    assert reading.checksums() == {"sources": ["first", "second", "of another"]}
+    assert reading.checksums() == {"sources": ["of another"]}
+    others_say(monkeypatch, ["of another"], [WeightsError("Of the third rank.")])
+    with pytest.raises(WeightsError, match="third"):
+        reading.checksums()
+
+    def broken(*_: object) -> list[Any]:
+        raise WeightsError("Broken here.")
+
+    monkeypatch.setattr(checkpoint, "read_into", broken)
+    reading.read({"a": exact})
+    monkeypatch.setattr(checkpoint, "read_into", lambda *_: pytest.fail("read after a failure"))
+    reading.read({"a": exact})
+    others_say(monkeypatch, [], [])
+    with pytest.raises(WeightsError, match="Broken here"):
+        reading.checksums()

@@ -152,6 +152,27 @@ def test_the_advice_is_the_shortest_length_that_truncates_little() -> None:
     assert (full.seq_length, full.pack, full.choices[0].padding) == (128, False, 0.0)
 
 
+def test_lengths_to_choose_from_and_those_around_the_advised_one() -> None:
+    """One of 100 examples may be truncated, two may not. Two lengths below the advised one are shown, and two above."""
+    starts = np.zeros(100, np.int32)
+    for num_long, advised in ((1, 400), (2, 5000)):
+        lengths = np.array([300] * 80 + [400] * (20 - num_long) + [5000] * num_long, np.int32)
+        advice = advise(lengths, starts, 777)
+        steps = [128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144]
+        at = next(number for number, step in enumerate(steps) if step + 1 >= advised)
+        assert advice.seq_length == steps[at]
+        assert [each.seq_length for each in advice.choices] == sorted({777, *steps[max(0, at - 2) : at + 3]})
+    # A label needs a token before it: 129 tokens fill 128 positions.
+    assert advise(np.array([129], np.int32), np.zeros(1, np.int32), 128).seq_length == 128
+    assert advise(np.array([130], np.int32), np.zeros(1, np.int32), 128).seq_length == 192
+    # Longer than all lengths to choose from.
+    longest = advise(np.array([200_000], np.int32), np.zeros(1, np.int32), 128)
+    assert longest.seq_length == 98_304 and longest.choices[-1].num_truncated == 1
+    # A fifth of padding needs no packing, one token more does: of 5 rows of 128 one is empty.
+    for lengths, pack in (([129] * 4 + [1], False), ([129] * 3 + [128, 1], True)):
+        assert advise(np.array(lengths, np.int32), np.zeros(5, np.int32), 128).pack is pack
+
+
 def test_the_histogram_counts_every_length_once() -> None:
     lengths = np.array([1, 64, 65, 128, 129, 2049], np.int32)
     rows = histogram(lengths)

@@ -4,15 +4,20 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import ConfigError, MixtralRunError, TrainingError, WeightsError
 from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.terminal.report import Report
+from mixtral_run.train.data import sources
 from mixtral_run.train.data.cache import cached_examples
+from mixtral_run.train.data.mixture import _check_size, describe_mixture, mixed_indices
+from mixtral_run.train.data.samples import MockSamples
 from mixtral_run.train.data.sources import TrainingData, check_same, open_data
 from mixtral_run.weights.manifest.describe import BaseDescription
 
@@ -142,3 +147,68 @@ def test_ranks_with_other_tokens_are_refused() -> None:
     with pytest.raises(TrainingError, match="do not have the same data") as caught:
         check_same(["a-1", "a-1", "b-2", "a-1"])
     assert "ranks 0, 1, 3: tokens a-1" in str(caught.value) and "ranks 2: tokens b-2" in str(caught.value)
+    with pytest.raises(TrainingError) as caught:
+        check_same(["a"] * 9 + ["b"] * 8)
+    assert "ranks 0, 1, 2, 3, 4, 5, 6, 7, …: tokens a" in str(caught.value) and "15, 16: tokens b" in str(caught.value)
+
+
+def test_an_error_of_any_rank_and_other_tokens_end_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    others: list[Any] = ["same"]
+
+    def gather(into: list[Any], own: Any) -> None:
+        into[:] = [own, *others]
+
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    data = TrainingData(MockSamples(10, 4, 1), identity="same")
+    monkeypatch.setattr(sources, "open_data", lambda *_: data)
+    everywhere = lambda: sources.open_data_everywhere(None, None, None)  # type: ignore[arg-type] # noqa: E731
+    assert everywhere() is data
+    others[0] = "other"
+    with pytest.raises(TrainingError, match="do not have the same data"):
+        everywhere()
+    others[0] = ConfigError("Of the other rank.")
+    with pytest.raises(ConfigError, match="Of the other rank"):
+        everywhere()
+
+    def refused(*_: object) -> None:
+        raise ConfigError("Of this rank.")
+
+    others[0] = "same"
+    monkeypatch.setattr(sources, "open_data", refused)
+    with pytest.raises(ConfigError, match="Of this rank"):
+        everywhere()
+
+
+def test_what_a_run_says_of_its_data(capsys: pytest.CaptureFixture[str]) -> None:
+    """12 iterations of 5 samples are 60, of which an epoch has 8: 7.5 epochs."""
+
+    class Eight(SimpleNamespace):
+        def __len__(self) -> int:
+            return 8
+
+    config: Any = SimpleNamespace(iterations=12, global_batch_size=5)
+    samples: Any = Eight(describe=lambda: "eight examples")
+    data = TrainingData(samples, samples, remarks=("odd",))
+    data.describe(config, Report())
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[-3:] == ["Data: eight examples", "12 iterations of 5 are 7.5 epochs", "Validation set: eight examples"]
+    assert "odd" in lines[0] and data.num_samples == 8
+    endless = TrainingData(MockSamples(1000, 64, 1))
+    endless.describe(config, Report())
+    assert capsys.readouterr().out == "Data: mock data: random tokens below 1,000, seq_length 64\n"
+    assert endless.num_samples is None
+
+
+def test_shares_in_numbers() -> None:
+    """Weights 1 and 4 of 3 and 2 examples: the first source once, so that the second has four times 3 samples."""
+    found = mixed_indices([3, 2], [1, 4])
+    assert found is not None and found.tolist() == [0, 1, 2, *[3, 4] * 6]
+    assert describe_mixture(["a"], [3], [None]) is None
+    # 1 sample of the first source for each 199,999,999 of the second: the largest epoch.
+    _check_size([1, 1], [1.0, 199_999_999.0])
+    with pytest.raises(ConfigError, match="too far apart") as caught:
+        _check_size([1, 1], [1.0, 200_000_000.0])
+    assert (caught.value.expected, caught.value.found) == (
+        "an epoch of at most 200,000,000 samples", "200,000,001 samples from 2 examples",
+    )  # fmt: skip

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import json
+import mmap
 import multiprocessing
 import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ import pytest
 
 from mixtral_run.errors import ConfigError, TrainingError
 from mixtral_run.terminal.report import Report
-from mixtral_run.train.data.cache import content_hash
+from mixtral_run.train.data.cache import cache_folder, content_hash
 from mixtral_run.train.data.cache.cache_folder import NAME, CacheFolder, default_folder
 from mixtral_run.train.data.cache.content_hash import file_sha256, refuse_changed
 from mixtral_run.train.data.cache.token_arrays import EncodedChunk, TokenArrays
@@ -288,3 +290,49 @@ def test_a_pipe_in_the_place_of_the_description_is_refused_at_once(tmp_path: Pat
     os.mkfifo(tmp_path / "cache.json")
     with pytest.raises(DamagedCacheError, match="damaged"):
         open_cache(tmp_path, verify=True)
+
+
+def test_pages_are_released_after_256_rows() -> None:
+    arrays = TokenArrays.of(PLACES, encoded())
+    released: list[int] = []
+    arrays.mapped = SimpleNamespace(madvise=released.append)  # type: ignore[assignment]
+    for _ in range(511):
+        assert arrays.tokens_of(1, 2).tolist() == [1, 80]
+    assert released == [mmap.MADV_DONTNEED]
+    arrays.tokens_of(2, 3)
+    assert len(released) == 2
+
+
+def test_sizes_in_words_and_the_time_of_a_stuck_process() -> None:
+    assert [cache_folder._size(each) for each in (12_345_678, 99_999_999, 100_000_000, 2_500_000_000)] == [
+        "12.3 MB", "100.0 MB", "0.1 GB", "2.5 GB",
+    ]  # fmt: skip
+    assert cache_folder._stuck(Path("lock"), "", 600.0).found == "none for 10 minutes (no word of it)"
+
+
+def test_every_spot_of_a_large_file_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 spots of 2 bytes over 128 bytes: each of them decides. Its first and last bytes are among them."""
+    monkeypatch.setattr(content_hash, "SPOT_BYTES", 2)
+    file = tmp_path / "data"
+    file.write_bytes(bytes(128))
+    found = set()
+    for at in range(128):
+        content = bytearray(128)
+        content[at] = 1
+        file.write_bytes(content)
+        found.add(content_hash._spots(file, 128))
+    assert len(found) == 128
+    assert (content_hash.HASHED_ALWAYS, content_hash.SPOTS) == (16_777_216, 64)
+    assert sorted(content_hash._state(file)) == sorted(
+        [128, file.stat().st_mtime_ns, file.stat().st_ctime_ns, file.stat().st_ino, file.stat().st_dev]
+    )
+
+
+def test_the_index_of_hashes_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("HASHED_ALWAYS", 3), ("SPOT_BYTES", 4), ("SETTLED_SECONDS", -10.0), ("MOST_FILES", 2)):
+        monkeypatch.setattr(content_hash, name, value)
+    for name in ("a", "b", "c", "small"):
+        (tmp_path / name).write_bytes(b"x" * (3 if name == "small" else 70))
+        file_sha256(tmp_path / name, tmp_path)
+    index = json.loads((tmp_path / ".files.json").read_text())
+    assert [Path(each).name for each in index] == ["b", "c"]

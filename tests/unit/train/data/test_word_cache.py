@@ -56,6 +56,11 @@ def test_the_encoder_uses_it_only_for_texts_without_added_tokens(monkeypatch: py
     assert used == ["a b"]
 
 
+@pytest.fixture(scope="module")
+def definition() -> str:
+    return TextEncoder(hf_tokenizer("v1")).definition
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -68,8 +73,8 @@ def test_the_encoder_uses_it_only_for_texts_without_added_tokens(monkeypatch: py
         {"vocab": {"of▁the": 32000}},
     ],
 )
-def test_other_tokenizers_are_left_to_themselves(change: dict[str, Any]) -> None:
-    values = json.loads(TextEncoder(hf_tokenizer("v1")).definition)
+def test_other_tokenizers_are_left_to_themselves(definition: str, change: dict[str, Any]) -> None:
+    values = json.loads(definition)
     vocabulary = values["model"]["vocab"] | change.pop("vocab", {})
     values["model"] |= change.pop("model", {}) | {"vocab": vocabulary}
     assert not gives_the_same_ids(json.dumps(values | change))

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -15,7 +16,16 @@ from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.model.parallel.param_sharding import mark
 from mixtral_run.train.data.samples import GlobalBatch, MicroBatch
 from mixtral_run.train.steps import step as module
-from mixtral_run.train.steps.step import StepResult, adapter_optimizer, optimizer_step, sum_gradients, train_step
+from mixtral_run.train.steps.step import (
+    EagerBackward,
+    StepResult,
+    adapter_optimizer,
+    gradients_of,
+    losses_of,
+    optimizer_step,
+    sum_gradients,
+    train_step,
+)
 
 CPU = torch.device("cpu")
 
@@ -114,6 +124,38 @@ def test_gradients_of_an_earlier_step_are_not_added() -> None:
     assert stepped(model, 0.0).grad_norm == pytest.approx(1.6)
 
 
+def test_a_gradient_of_nearly_zero_is_not_turned_round_by_clipping() -> None:
+    """The token is 1e-8 and one of 5: the norm is 2e-9, far below the 1e-6 that the division is protected with."""
+    model = Line(mesh_of())
+    model.weight.data.zero_()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    batch = GlobalBatch((micro([1e-8], [0.0], [1.0]),), 5, 1)
+    train_step(model, optimizer, batch, clip_grad=1.0)  # type: ignore[arg-type]
+    assert model.weight.item() == pytest.approx(-2e-9)
+
+
+def test_the_routers_get_the_part_of_the_loss_that_a_token_has() -> None:
+    """A fifth for each of the three tokens. Each of the two passes adds 0.25; choices are counted from begin to end."""
+    model = Line(mesh_of())
+    model.router_loss, model.router_counts = MagicMock(), MagicMock()
+    model.router_loss.value.return_value = torch.tensor(0.25)
+    assert stepped(model, 0.0).loss == pytest.approx(96 / 5 + 2 * 0.25)
+    weights = [call.args[0].tolist() for call in model.router_loss.counting.call_args_list]
+    assert weights == [[pytest.approx([0.2, 0.0, 0.2])], [pytest.approx([0.2, 0.0])]]
+    names = [name for name, *_ in model.router_counts.method_calls]
+    assert names == ["begin_step", "counting", "counting", "end_step"]
+
+
+def test_losses_are_summed_under_the_mask() -> None:
+    """2 · 1 + 10 and 2 · 3 + 30; the token between them does not count."""
+    assert losses_of(Line(mesh_of()), BATCH.micro_batches[0]).item() == 48.0  # type: ignore[arg-type]
+
+
+def test_a_loss_without_figures_is_one_number() -> None:
+    model = Line(mesh_of())
+    assert gradients_of(BATCH, [model.weight], EagerBackward(model)).tolist() == [pytest.approx(96 / 5)]  # type: ignore[arg-type]
+
+
 def parameter(value: float, **marks: bool) -> torch.nn.Parameter:
     found = torch.nn.Parameter(torch.zeros(2))
     found.grad = torch.tensor([value, 0.0])
@@ -147,6 +189,25 @@ def test_the_norm_counts_each_parameter_once() -> None:
     assert norm.item() == pytest.approx(math.sqrt(9 + 16 + 144 + 25 + 6))
 
 
+def test_what_all_experts_share_is_summed_over_all_ranks_alone() -> None:
+    """The ranks of one set of experts and the replicas of it are all ranks together."""
+    shared = parameter(1.0, shared=True)
+    groups = {"expert_group": Group([10.0]), "expert_data_group": Group([100.0]), "data_group": Group([1e9])}
+    sum_gradients([shared], mesh_of(**groups))
+    assert shared.grad.tolist() == [111.0, 110.0]
+    assert groups["data_group"].num_calls == 0
+
+
+def test_a_bucket_has_gradients_of_one_dtype_and_256_mib() -> None:
+    parameters = [parameter(float(number)) for number in range(4)]
+    for each in parameters[2:]:
+        each.data, each.grad = each.data.bfloat16(), each.grad.bfloat16()
+    group = Group([10.0, 100.0])
+    sum_gradients(parameters, mesh_of(data_group=group))
+    assert [each.grad[0].item() for each in parameters] == [10.0, 11.0, 102.0, 103.0]
+    assert module.BUCKET_BYTES == 268_435_456
+
+
 @pytest.mark.parametrize("limit", [1, 8, 16, 24, 10**9])
 def test_buckets_hold_every_gradient_once_and_in_order(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     """Each gradient has two fp32 elements, 8 bytes; a bucket takes gradients until it has reached the limit."""
@@ -162,18 +223,24 @@ def test_buckets_hold_every_gradient_once_and_in_order(monkeypatch: pytest.Monke
     ]
 
 
-def test_lora_plus_gives_b_its_own_learning_rate() -> None:
-    """AdamW's first step is the learning rate times the gradient's sign: A moves by 0.25, B by 16 times that."""
+def test_lora_plus_gives_b_its_own_learning_rate_and_norms_do_not_decay() -> None:
+    """AdamW's first step is the learning rate times the gradient's sign: A moves by 0.25, B by 16 times that.
+
+    Before it, 0.1 of the learning rate decays: 0.025 of A and 0.4 of B. No token reaches the norm, which stays.
+    """
     model = Line(mesh_of())
     adapter = torch.nn.Module()
     adapter.linear_in = torch.nn.Parameter(torch.tensor([1.0]))
     adapter.linear_out = torch.nn.Parameter(torch.tensor([1.0]))
-    model.adapter = adapter
+    model.adapter, model.layernorm = adapter, torch.nn.LayerNorm(1, bias=False)
     model.losses = lambda tokens, labels, **_: adapter.linear_in * tokens + adapter.linear_out * tokens + labels
-    settings = {"load": Path("a"), "save": Path("b"), "mock_data": True, "lr": 1.0, "weight_decay": 0.0}
+    settings = {"load": Path("a"), "save": Path("b"), "mock_data": True, "lr": 1.0, "weight_decay": 0.1}
     config = FinetuneConfig(**settings, lora_plus_ratio=16.0)
-    step = optimizer_step(model, adapter_optimizer(model, config), clip_grad=0.0)
+    optimizer = adapter_optimizer(model, config)
+    step = optimizer_step(model, optimizer, clip_grad=0.0)
     step(GlobalBatch((micro([3.0], [1.0], [1.0]),), 1, 1), 0.25)
-    assert adapter.linear_in.item() == pytest.approx(0.75, abs=1e-6)
-    assert adapter.linear_out.item() == pytest.approx(-3.0, abs=1e-6)
-    assert len(adapter_optimizer(model, FinetuneConfig(**settings)).param_groups) == 1
+    assert adapter.linear_in.item() == pytest.approx(1.0 - 0.025 - 0.25, abs=1e-6)
+    assert adapter.linear_out.item() == pytest.approx(1.0 - 0.4 - 4.0, abs=1e-6)
+    assert model.layernorm.weight.item() == 1.0
+    assert optimizer.defaults["betas"] == (0.9, 0.999)
+    assert len(adapter_optimizer(model, FinetuneConfig(**settings)).param_groups) == 2

@@ -181,6 +181,19 @@ def test_the_token_is_a_reference(crd: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert "inspect" in problems(settings(crd=crd), environment=("HF_TOKEN=hf_never",))
 
 
+def test_copies_of_a_store_are_in_a_volume_and_do_not_end_with_the_pod() -> None:
+    config = finetune(load=Path("s3://bucket/base"), save=Path("s3://bucket/run"))
+    refused = problems(settings(), config)
+    assert "--load: copies" in refused and "--save: copies" in refused and "/huggingface; expected" in refused
+    scratch = "MIXTRAL_RUN_STORE_CACHE=/scratch/stores"
+    assert "made in /scratch/stores" in problems(settings(), config, environment=(scratch,))
+    assert "--save: copies" in problems(
+        settings(volume=(CHECKPOINTS, "/s:/scratch:ro")), config, environment=(scratch,)
+    )
+    assert objects(settings(volume=(CHECKPOINTS, "pvc/hf:/huggingface")), config)
+    assert objects(settings(), config, environment=("MIXTRAL_RUN_STORE_CACHE=/checkpoints/stores",))
+
+
 @pytest.mark.parametrize("crd", ["job", "trainjob"])
 def test_the_keys_of_a_store_are_references(crd: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "neverInAManifest")

@@ -11,6 +11,7 @@ from mixtral_run.train.data.reading.example_problem import ExampleProblem
 from mixtral_run.train.data.templates.open_template import open_chat_template
 from mixtral_run.trial.sizes import INSTRUCTIONS
 from tests.support.mistral_tokenizers import MistralCommon, hf_tokenizer
+from tests.support.samples import instruct_form
 
 NUM_CONVERSATIONS = 3_000
 WORDS = (
@@ -195,4 +196,4 @@ QUESTION = Message("user", "a")
 )  # fmt: skip
 def test_what_the_form_cannot_write_is_refused_by_name(version: str, messages: Any, tools: Any, words: str) -> None:
     with pytest.raises(ExampleProblem, match=words):
-        open_chat_template("mixtral", hf_tokenizer(version)).encode(Example("line 1", messages, tools=tuple(tools)))
+        instruct_form(hf_tokenizer(version)).encode(Example("line 1", messages, tools=tuple(tools)))

@@ -1,0 +1,106 @@
+"""A role ends only where nothing is left to do. Ansible starts a process for each task that it skips."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pytest
+import yaml
+from ansible.module_utils.mixtral_run_host.engine import engine_unit
+
+from tests.unit.host.conftest import call_module, load_module
+
+ROLES = Path(__file__).parents[4] / "roles"
+WITH_ABSENT = sorted(path.parents[1].name for path in ROLES.glob("*/tasks/absent.yml"))
+SETTINGS = {"settings": {}, "defaults": {"live-restore": True}, "needed": {}, "conflicting": ["docker.io"]}
+
+
+def _tasks(file: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load((ROLES / file).read_text()))
+
+
+def _holds(file: str, start: str, **variables: Any) -> bool:
+    """Return the value of the condition of a task, for variables that a play may not have set."""
+    (task,) = [each for each in _tasks(file) if each["name"].startswith(start)]
+    environment = jinja2.Environment()
+    environment.filters["bool"] = lambda value: str(value).lower() in ("true", "yes", "1")
+    environment.tests["changed"] = lambda result: result.get("changed", False)
+    found = environment.compile_expression(task["when"], undefined_to_none=False)(**variables)
+    assert isinstance(found, bool), "Ansible takes no other condition"
+    return found
+
+
+@pytest.mark.parametrize("role", WITH_ABSENT)
+def test_what_takes_a_role_back_is_not_skipped_task_by_task(role: str) -> None:
+    present, end, absent = _tasks(f"{role}/tasks/main.yml")
+    assert present["ansible.builtin.import_tasks"] == "present.yml" and absent["when"] == f"{role}_state == 'absent'"
+    assert (end["ansible.builtin.meta"], end["when"]) == ("end_role", f"{role}_state != 'absent'")
+
+
+def test_health_ends_only_where_nothing_is_wanted_and_no_watch_is_left() -> None:
+    nothing = {
+        "health_watch": False, "health_node_exporter": "no", "__health_dcgm_packages": [], "health_time_service": "",
+        "__health_peers": [], "__health_timer": {"stat": {"exists": False}},
+    }  # fmt: skip
+    end = ("health/tasks/present.yml", "End the role here")
+    assert _holds(*end, **nothing)
+    for name, value in {
+        "health_watch": "yes", "health_node_exporter": True, "__health_dcgm_packages": ["dcgm"],
+        "health_time_service": "chrony", "__health_peers": ["10.0.0.1"],
+    }.items():  # fmt: skip
+        assert not _holds(*end, **{**nothing, name: value})
+    for timer in ({"stat": {"exists": True}}, {"skipped": True}, {}):
+        assert not _holds(*end, **{**nothing, "__health_timer": timer})
+
+
+def test_the_image_role_ends_only_where_no_archive_is_left() -> None:
+    end = ("image/tasks/main.yml", "End the role here")
+    assert _holds(*end, __image_spreads=False, __image_taken={"archive_left": False})
+    assert not _holds(*end, __image_spreads=True, __image_taken={"archive_left": False})
+    for taken in ({"archive_left": True}, {"skipped": True}, {}):
+        assert not _holds(*end, __image_spreads=False, __image_taken=taken)
+    assert not _holds(*end, __image_spreads=False)
+
+
+def test_the_engine_is_compared_again_unless_preflight_compared_the_same_settings() -> None:
+    task = ("docker/tasks/present.yml", "Compare the engine")
+    agreed = {"mixtral_run": {"engine_agrees_with": SETTINGS}}
+    assert not _holds(*task, ansible_facts=agreed, __docker_compared=SETTINGS)
+    for facts in (
+        {}, {"mixtral_run": {}}, {"mixtral_run": {"engine_agrees_with": {}}},
+        {"mixtral_run": {"engine_agrees_with": {**SETTINGS, "settings": {"debug": True}}}},
+    ):  # fmt: skip
+        assert _holds(*task, ansible_facts=facts, __docker_compared=SETTINGS)
+
+
+@pytest.mark.parametrize("conflict", [None, ("warn", "one engine", "rootless Docker", "it stays")])
+def test_preflight_agrees_only_without_a_conflict(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, conflict: tuple[str, ...] | None
+) -> None:
+    module = load_module("preflight")
+    monkeypatch.setattr(engine_unit, "conflicts", lambda *_: ([conflict] if conflict else [], []))
+    monkeypatch.setattr(module.probe, "machine", lambda *_: {"memory": {"ram_gib": 1}})
+    for name, value in {"_space": [], "_network": {}}.items():
+        monkeypatch.setattr(module, name, lambda *_, value=value: value)
+    monkeypatch.setattr(module.shortfalls, "collect", lambda *_: [])
+    monkeypatch.setattr(module.shortfalls, "with_numbers", lambda limits: limits)
+    result = call_module(module, tmp_path, host="gpu-01", limits={}, folders={}, image="kit", engine=SETTINGS)
+    assert result["ansible_facts"]["mixtral_run"]["engine_agrees_with"] == ({} if conflict else SETTINGS)
+
+
+def test_the_engine_is_reloaded_unless_the_docker_role_has_just_done_it() -> None:
+    task = ("nvidia_container_toolkit/tasks/present.yml", "Reload Docker Engine")
+    same = {"changed": False}
+    results = {
+        "__docker_engine": {"deferred": False}, "__nvidia_container_toolkit_packages": same,
+        "__nvidia_container_toolkit_settings": same,
+    }  # fmt: skip
+    assert not _holds(*task, **results)
+    for name in ("__nvidia_container_toolkit_packages", "__nvidia_container_toolkit_settings"):
+        assert _holds(*task, **{**results, name: {"changed": True}})
+    for engine in ({"deferred": True}, {"skipped": True}):
+        assert _holds(*task, **{**results, "__docker_engine": engine})
+    del results["__docker_engine"]
+    assert _holds(*task, **results)
