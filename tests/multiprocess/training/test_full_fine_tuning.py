@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import zlib
 from pathlib import Path
@@ -232,6 +233,9 @@ def test_the_verb_trains_evaluates_saves_in_a_store_and_continues_on_another_mac
     done = mixtral_run(*words, "--train-iters", "2", "--nproc-per-node", "2", **first)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Full fine-tuning complete: 2 iterations" in done.stdout
+    printed = " ".join(done.stdout.split())
+    assert "Checkpoints are saved in the background" in printed
+    assert re.search(r"saved \S+/iter_0000001 in [0-9.]+ s in the background, which delayed a step", printed), printed
     shutil.rmtree(tmp_path / "first")
     for name in (MARKER, "__1_0.distcp"):
         s3.delete_object(Bucket="bucket", Key=f"runs/tuned/iter_0000002/{name}")
