@@ -28,7 +28,7 @@ from mixtral_run.fleet.testhosts.kit_image import (
     fill_wheelhouse,
     image_archive,
 )
-from mixtral_run.fleet.testhosts.shell import call
+from mixtral_run.fleet.testhosts.shell import call, pipe
 from mixtral_run.trial.random_mixtral import write_random_mixtral
 from mixtral_run.trial.sizes import PLAN, tokenizer_texts, write_rehearsal_examples
 from tests.hosts.end_to_end.fleet import (
@@ -124,10 +124,9 @@ def brought_up(up: Callable[..., str]) -> str:
 
 
 @pytest.fixture(scope="package")
-def set_up(operator: Operator, fleet: Fleet, brought_up: str) -> Callable[[str], str]:
+def set_up(fleet: Fleet, brought_up: str) -> Callable[[str], str]:
     """Return a function that gives a host's name for --on. Both hosts have a converted model, the first an adapter."""
-    first, second = (f"{targets.container_name(name)}:{CHECKPOINTS}" for name in NAMES)
-    (operator.folder / "from first").mkdir()
-    call("docker", "cp", "--quiet", "--archive", f"{first}/base", operator.folder / "from first")
-    call("docker", "cp", "--quiet", "--archive", operator.folder / "from first/base", second)
+    first, second = (["docker", "exec", "--interactive", targets.container_name(name), "tar"] for name in NAMES)
+    # tar keeps owners and modes; `docker cp` gives the files to root.
+    pipe([*first, "-C", CHECKPOINTS, "-c", "base"], [*second, "-C", CHECKPOINTS, "--numeric-owner", "-xp"])
     return fleet.target
