@@ -24,7 +24,7 @@ from mixtral_run.fleet.plays.provisioning import playbook
 from mixtral_run.fleet.plays.runner import list_tasks
 from mixtral_run.fleet.ssh.connection import Ssh, program_answers
 from mixtral_run.fleet.state import state_folder, write_private
-from mixtral_run.fleet.testhosts import hosts, kit_image, repository
+from mixtral_run.fleet.testhosts import disks, hosts, kit_image, repository
 from mixtral_run.fleet.testhosts.__main__ import variables as variables_of
 from mixtral_run.terminal.report import Report
 
@@ -93,7 +93,7 @@ def why_not() -> str | None:
 
 @contextmanager
 def throwaway(name: str, report: Report) -> Iterator[Throwaway]:
-    """Run a throw-away host for the duration of the context. Its image archive holds the whole kit.
+    """Run a throw-away host for the duration of the context. Its disk and its image archive hold the kit.
 
     The package server is removed with the host unless other throw-away hosts of this installation use it. Inside the
     context, SIGTERM raises KeyboardInterrupt.
@@ -106,14 +106,15 @@ def throwaway(name: str, report: Report) -> Iterator[Throwaway]:
         with _signal_handlers({signal.SIGTERM: signal.default_int_handler}):
             with report.waiting("Building the kit's image: takes minutes the first time"):
                 kit_image.image_archive()
+                disk = disks.with_images("bookworm")
             with report.waiting("Starting the host and its package server"):
-                started = hosts.start(name)
+                started = hosts.start(name, disk=disk)
                 common = variables_of()
             variables = {
                 **common,
                 "preflight_num_gpus": 0,
                 "image_source": "archive",
-                "image_archive": kit_image.ARCHIVE_ON_HOST,
+                "image_archive": kit_image.LAYERS_ON_HOST,
                 "image_archive_on_host": True,
                 "image_archive_name": kit_image.ARCHIVE_NAME,
                 # /proc/swaps lists the swap files of the whole machine: each host needs another file name.

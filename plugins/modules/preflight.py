@@ -129,8 +129,6 @@ def main():
     state["space"] = _space(params, state["memory"]["ram_gib"])
     state["printed_at_login"] = params["login_output"].strip()
     state["engine_conflicts"] = _engine_conflicts(params["engine"])
-    # The docker role need not compare the same settings again.
-    state["engine_agrees_with"] = {} if state["engine_conflicts"] else params["engine"]
     state.update(_network(params))
     found = shortfalls.collect(state, params["limits"], params["levels"])
     failures = [item for item in found if item.level == "fail"]
@@ -142,7 +140,9 @@ def main():
     facts = {"mixtral_run": state}
     if failures:
         module.fail_json(msg=shortfalls.render(params["host"], failures), shortfalls=listed, ansible_facts=facts)
-    module.exit_json(changed=False, shortfalls=listed, ansible_facts=facts)
+    # The docker role need not compare the same settings again.
+    agreed = {} if state["engine_conflicts"] else params["engine"]
+    module.exit_json(changed=False, shortfalls=listed, engine_agrees_with=agreed, ansible_facts=facts)
 
 
 def _space(params, ram_gib):

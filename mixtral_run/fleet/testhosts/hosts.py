@@ -9,6 +9,7 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from mixtral_run.fleet.testhosts.debian import packages_of
 from mixtral_run.fleet.testhosts.engine import CACHE
 from mixtral_run.fleet.testhosts.image import FILES, USER, host_image, ssh_key
 from mixtral_run.fleet.testhosts.shell import TargetError, call, succeeds
@@ -130,7 +131,7 @@ def start(
     data_disk: a volume at DATA_DISK that outlives the host, as a disk of its own does.
     """
     image = host_image(release)
-    container, volume = container_name(name), volume_name(name)
+    container, volume, packages = container_name(name), volume_name(name), packages_of(release)
     if not _runs(container):
         remove(name)  # what a killed run left: its disk is not a bare host's
         if disk is not None:
@@ -156,6 +157,8 @@ def start(
     host = wait_for_boot(name)
     host.shell(f"mkdir -p ~{USER}/.ssh && printf '%s' '{ssh_key().with_suffix('.pub').read_text()}' "
                f"> ~{USER}/.ssh/authorized_keys && chown -R {USER} ~{USER}/.ssh && {QUICK_PACKAGES}")  # fmt: skip
+    if packages is not None:
+        host.shell(f"echo 'deb [trusted=yes] file:{SHOWN_CACHE}/{packages} ./' > /etc/apt/sources.list")
     set_standin(host, standin)
     return host
 

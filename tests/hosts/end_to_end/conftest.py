@@ -1,7 +1,9 @@
 """From two bare hosts to an adapter on this machine, by the command line, over real SSH, on throw-away hosts.
 
-Only the GPUs are missing: jobs run on the CPU, at the size of the rehearsal. One host builds the image from wheels, and
-the other loads it from an archive. The files of tests are run in their order: the later ones take the hosts apart.
+Only the GPUs are missing: jobs run on the CPU, at the size of the rehearsal. One host builds the image, and the other
+loads it from an archive. The build finds all packages in its base image, because installing torch from wheels takes
+minutes: kit_image.dependencies does that, by the same Dockerfile, from the same wheels, where they changed. Files of
+tests are run in their order: the later ones take the hosts apart.
 """
 
 from __future__ import annotations
@@ -18,8 +20,15 @@ import pytest
 from mixtral_run.fleet.testhosts import hosts as targets
 from mixtral_run.fleet.testhosts.__main__ import variables
 from mixtral_run.fleet.testhosts.image import ssh_key
-from mixtral_run.fleet.testhosts.kit_image import ARCHIVE_NAME, LAYERS_ON_HOST, fill_wheelhouse, image_archive
-from mixtral_run.fleet.testhosts.shell import call
+from mixtral_run.fleet.testhosts.kit_image import (
+    ARCHIVE_NAME,
+    LAYERS_ON_HOST,
+    LIGHT,
+    dependencies,
+    fill_wheelhouse,
+    image_archive,
+)
+from mixtral_run.fleet.testhosts.shell import call, pipe
 from mixtral_run.trial.random_mixtral import write_random_mixtral
 from mixtral_run.trial.sizes import PLAN, tokenizer_texts, write_rehearsal_examples
 from tests.hosts.end_to_end.fleet import (
@@ -65,7 +74,7 @@ def operator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
 
 @pytest.fixture(scope="package")
 def fleet(docker_engine: None, operator: Operator) -> Iterator[Fleet]:
-    fill_wheelhouse()
+    fill_wheelhouse(LIGHT)
     image_archive()
     fleet = Fleet()
     for name in NAMES:
@@ -75,7 +84,7 @@ def fleet(docker_engine: None, operator: Operator) -> Iterator[Fleet]:
         **variables(), "preflight_num_gpus": 0,
         # The second host's port changes when it is reimaged.
         "image_source": f"{{{{ 'build' if ansible_port == {fleet.hosts[NAMES[0]].port} else 'archive' }}}}",
-        "image_wheelhouse": f"{targets.SHOWN_CACHE}/wheelhouse",
+        "image_base_image": dependencies(),
         "image_archive": LAYERS_ON_HOST, "image_archive_on_host": True, "image_archive_name": ARCHIVE_NAME,
     }  # fmt: skip
     del settings["image_requirements"]  # the complete image, because every verb runs in it
@@ -115,10 +124,9 @@ def brought_up(up: Callable[..., str]) -> str:
 
 
 @pytest.fixture(scope="package")
-def set_up(operator: Operator, fleet: Fleet, brought_up: str) -> Callable[[str], str]:
+def set_up(fleet: Fleet, brought_up: str) -> Callable[[str], str]:
     """Return a function that gives a host's name for --on. Both hosts have a converted model, the first an adapter."""
-    container = targets.container_name(NAMES[1])
-    call("docker", "cp", "--quiet", operator.folder / "hf-model", f"{container}:{CHECKPOINTS}/hf-model")
-    convert = ("--hf-model-path", f"{CHECKPOINTS}/hf-model", "--output-path", "base", *LAYOUT[:4])
-    operator.run("convert", "--on", fleet.target(NAMES[1]), *JOB, *convert)
+    first, second = (["docker", "exec", "--interactive", targets.container_name(name), "tar"] for name in NAMES)
+    # tar keeps owners and modes; `docker cp` gives the files to root.
+    pipe([*first, "-C", CHECKPOINTS, "-c", "base"], [*second, "-C", CHECKPOINTS, "--numeric-owner", "-xp"])
     return fleet.target

@@ -66,13 +66,13 @@ def test_the_image_role_ends_only_where_no_archive_is_left() -> None:
 
 def test_the_engine_is_compared_again_unless_preflight_compared_the_same_settings() -> None:
     task = ("docker/tasks/present.yml", "Compare the engine")
-    agreed = {"mixtral_run": {"engine_agrees_with": SETTINGS}}
-    assert not _holds(*task, ansible_facts=agreed, __docker_compared=SETTINGS)
-    for facts in (
-        {}, {"mixtral_run": {}}, {"mixtral_run": {"engine_agrees_with": {}}},
-        {"mixtral_run": {"engine_agrees_with": {**SETTINGS, "settings": {"debug": True}}}},
-    ):  # fmt: skip
-        assert _holds(*task, ansible_facts=facts, __docker_compared=SETTINGS)
+    assert not _holds(*task, __preflight_found={"engine_agrees_with": SETTINGS}, __docker_compared=SETTINGS)
+    changed = {**SETTINGS, "settings": {"debug": True}}
+    for found in ({"skipped": True}, {"engine_agrees_with": {}}, {"engine_agrees_with": changed}):
+        assert _holds(*task, __preflight_found=found, __docker_compared=SETTINGS)
+    # Facts may come from a cache, of a run before this one.
+    facts = {"mixtral_run": {"engine_agrees_with": SETTINGS}}
+    assert _holds(*task, ansible_facts=facts, __docker_compared=SETTINGS)
 
 
 @pytest.mark.parametrize("conflict", [None, ("warn", "one engine", "rootless Docker", "it stays")])
@@ -87,7 +87,7 @@ def test_preflight_agrees_only_without_a_conflict(
     monkeypatch.setattr(module.shortfalls, "collect", lambda *_: [])
     monkeypatch.setattr(module.shortfalls, "with_numbers", lambda limits: limits)
     result = call_module(module, tmp_path, host="gpu-01", limits={}, folders={}, image="kit", engine=SETTINGS)
-    assert result["ansible_facts"]["mixtral_run"]["engine_agrees_with"] == ({} if conflict else SETTINGS)
+    assert result["engine_agrees_with"] == ({} if conflict else SETTINGS)
 
 
 def test_the_engine_is_reloaded_unless_the_docker_role_has_just_done_it() -> None:
