@@ -242,5 +242,5 @@ def test_lora_plus_gives_b_its_own_learning_rate_and_norms_do_not_decay() -> Non
     assert adapter.linear_in.item() == pytest.approx(1.0 - 0.025 - 0.25, abs=1e-6)
     assert adapter.linear_out.item() == pytest.approx(1.0 - 0.4 - 4.0, abs=1e-6)
     assert model.layernorm.weight.item() == 1.0
-    assert optimizer.defaults["betas"] == (0.9, 0.999)
+    assert (optimizer.defaults["betas"], optimizer.defaults["fused"]) == ((0.9, 0.999), True)
     assert len(adapter_optimizer(model, FinetuneConfig(**settings)).param_groups) == 2
