@@ -22,6 +22,7 @@ from mixtral_run.launch.heartbeat import DIRECTORY_VARIABLE, start_heartbeat
 from mixtral_run.launch.parent_death import JOB_PARENT, end_with_parent, watch_parent
 from mixtral_run.launch.process_exit import INTERRUPTED, exit_silently
 from mixtral_run.launch.worker_errors import ERROR_DIRECTORY_VARIABLE, hand_over_error, is_consequence, leave_quietly
+from mixtral_run.run_lock import report_loss_with
 from mixtral_run.terminal.report import debugging, quiet_libraries
 
 ConfigT = TypeVar("ConfigT", bound=LaunchConfig)
@@ -100,6 +101,7 @@ def _work(
     end_with_parent(JOB_PARENT)
     end_with_the_job()
     os.environ[ERROR_DIRECTORY_VARIABLE] = error_directory
+    report_loss_with(hand_over_error)
     os.environ.update(environment)
     torch.set_num_threads(threads)
     quiet_libraries()

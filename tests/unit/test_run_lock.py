@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_run import run_lock
 from mixtral_run.errors import ConfigError
 from mixtral_run.fleet.bootstrap.bootstrap import BootstrapRequest, bootstrap
 from mixtral_run.fleet.state import state_folder
 from mixtral_run.model.architecture import MIXTRAL_8X7B
-from mixtral_run.run_lock import LOCK_NAME, all_of, holder_of, lock_problems, one_run
+from mixtral_run.run_lock import LOCK_NAME, acquire, all_of, holder_of, lock_problems, mounts, one_run
+from mixtral_run.run_lock import lock as lock_module
 from mixtral_run.train.preflight import output_problems
 from mixtral_run.weights.io import atomic_folder
 from mixtral_run.weights.quantized_cache import layout, writer
@@ -135,7 +135,7 @@ def test_without_locks_of_the_file_system_the_note_counts(tmp_path: Path, monkey
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    monkeypatch.setattr(run_lock, "_SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(lock_module, "SETTLE_SECONDS", 0.0)
     lock = tmp_path / LOCK_NAME
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
         note = {"command": "mixtral-run export", "host": socket.gethostname(), "pid": process.pid, "since": "today"}
@@ -148,67 +148,6 @@ def test_without_locks_of_the_file_system_the_note_counts(tmp_path: Path, monkey
         assert json.loads(lock.read_text())["pid"] == os.getpid()
 
 
-MOUNT = "40 20 0:52 / /srv rw,relatime shared:7 - {} server:/export rw,{}"
-
-
-@pytest.mark.parametrize(
-    ("kind", "options", "reaches"),
-    [
-        ("ext4", "errors=remount-ro", True),
-        ("overlay", "lowerdir=/a", True),
-        ("nfs4", "vers=4.2,hard,local_lock=none", True),
-        ("nfs", "vers=3,nolock,local_lock=all", False),
-        ("nfs4", "vers=4.2,local_lock=flock", False),
-        ("nfs", "vers=3,local_lock=posix", True),
-        ("lustre", "flock,lazystatfs", True),
-        ("lustre", "localflock", False),
-        ("cifs", "vers=3.0,nobrl", False),
-        ("fuse.sshfs", "user_id=0", False),
-        ("ceph", "name=x", True),
-    ],
-)
-def test_the_mount_tells_whether_a_lock_holds_between_hosts(kind: str, options: str, reaches: bool) -> None:
-    mounts = "\n".join((MOUNT.replace("0:52", "0:5").format("nfs", "nolock"), MOUNT.format(kind, options)))
-    assert run_lock.locks_reach_other_hosts(mounts, "0:52") is reaches
-    assert run_lock.locks_reach_other_hosts(mounts, "8:1"), "a disk that no line names"
-
-
-@pytest.fixture
-def local_locks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A shared file system whose locks are those of one host. Times are short."""
-    monkeypatch.setattr(run_lock, "locks_reach_other_hosts", lambda *_: False)
-    for name, value in (
-        ("_BEAT_SECONDS", 0.05),
-        ("_SILENT_SECONDS", 0.5),
-        ("_SETTLE_SECONDS", 0.0),
-        ("_ATTEMPT_SECONDS", 0.0),
-    ):
-        monkeypatch.setattr(run_lock, name, value)
-
-
-@pytest.mark.usefixtures("local_locks")
-def test_a_holder_on_another_host_counts_for_as_long_as_it_gives_signs_of_life(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    lock = tmp_path / LOCK_NAME
-    held = run_lock.acquire(lock, "mixtral-run finetune", tmp_path)
-    note = json.loads(lock.read_text())
-    before = lock.stat().st_mtime_ns
-    # The other host sees the file, and its kernel knows nothing of the lock of this one.
-    lock.write_text(json.dumps(note | {"host": "gpu-07"}))
-    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
-    with pytest.raises(ConfigError, match="gpu-07"), one_run(lock, "mixtral-run finetune", tmp_path):
-        pytest.fail("both write")
-    assert "sign of life" in capsys.readouterr().err
-    assert lock.stat().st_mtime_ns > before, "the holder beats"
-    run_lock.release(lock, held)
-    # A host that was lost leaves its note, and gives no sign: the job comes back on another one.
-    lock.write_text(json.dumps(note | {"host": "gpu-07"}))
-    with one_run(lock, "mixtral-run finetune", tmp_path):
-        assert json.loads(lock.read_text())["host"] == socket.gethostname()
-    assert not lock.exists() and not run_lock._beating
-
-
 def test_a_quantized_cache_that_another_host_writes_stays_where_locks_are_those_of_one_host(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,7 +155,7 @@ def test_a_quantized_cache_that_another_host_writes_stays_where_locks_are_those_
     left.mkdir()
     wanted = layout.Files(layout.cache_folder(tmp_path, "fp8"), MIXTRAL_8X7B, "fp8")
     for reaches in (False, True):
-        monkeypatch.setattr(run_lock, "locks_reach_other_hosts", lambda *_, _answer=reaches: _answer)
+        monkeypatch.setattr(mounts, "locks_reach_other_hosts", lambda *_, _answer=reaches: _answer)
         with pytest.raises(writer.CacheNotWritten, match="GiB free"):
             writer.begin(tmp_path, wanted, 10**18, lambda: False)
         assert left.exists() is not reaches
@@ -228,13 +167,13 @@ def test_what_a_killed_run_of_another_user_left_is_removed_and_a_running_one_is_
     with tempfile.TemporaryDirectory() as name:
         folder, lock = Path(name), Path(name) / LOCK_NAME
         folder.chmod(0o777)
-        held = run_lock.acquire(lock, "mixtral-run finetune", folder)
+        held = acquire(lock, "mixtral-run finetune", folder)
         os.seteuid(65534)
         try:
             holder = holder_of(lock)
             assert holder is not None and holder.pid == os.getpid()
             with pytest.raises(ConfigError, match=f"process {os.getpid()}"):
-                run_lock.acquire(lock, "mixtral-run finetune", folder)
+                acquire(lock, "mixtral-run finetune", folder)
             os.close(held)
             assert holder_of(lock) is None
             with one_run(lock, "mixtral-run finetune", folder):

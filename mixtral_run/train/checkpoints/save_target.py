@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from mixtral_run.errors import MixtralRunError, TrainingError
+from mixtral_run.errors import HostError, MixtralRunError, TrainingError
 from mixtral_run.model.parallel.mesh import Mesh, is_out_of_memory
 from mixtral_run.train.checkpoints.save_failure import save_failure
 
@@ -63,7 +63,8 @@ class SaveTarget:
         errors = [error for error in found if error is not None]
         if not errors:
             return result  # type: ignore[return-value]
-        if self.mesh.is_first:
+        # A HostError is a lock that was lost: then the folder is another run's.
+        if self.mesh.is_first and not any(isinstance(each, HostError) for each in errors):
             shutil.rmtree(self.partial, ignore_errors=True)
         if failed is not None and (is_out_of_memory(failed) or not isinstance(failed, OSError | RuntimeError)):
             raise failed

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from mixtral_run.launch.worker_errors import is_consequence
 from mixtral_run.model.mixtral import MixtralModel
+from mixtral_run.run_lock import check_held
 from mixtral_run.train.checkpoints.adapter_shards import ParameterState, adapter_shards, live_states
 from mixtral_run.train.checkpoints.adapter_writer import AdapterWriter
 from mixtral_run.train.checkpoints.background import BackgroundTask
@@ -242,6 +243,7 @@ class AdapterSaver(Saver):
 
 def begin(target: SaveTarget, tokenizer: Path | None) -> None:
     """Make the folder of a checkpoint that is not complete yet, and copy the tokenizer. One process calls."""
+    check_held()
     shutil.rmtree(target.partial, ignore_errors=True)
     target.partial.mkdir(parents=True)
     if tokenizer is not None and not (target.folder / TOKENIZER).exists():
@@ -257,7 +259,7 @@ def complete(
     sums: Mapping[str, str],
     kind: str,
 ) -> None:
-    """Write the small files and then the names. One process calls.
+    """Write the small files and then the names. One process calls. Raises HostError if another run has the folder now.
 
     Args:
         sums: checksums of the .distcp files by their names.
@@ -279,10 +281,12 @@ def complete(
         files={**sums, **checksums(partial, names)},
     )
     sync_folder_and_files(partial)
+    check_held()
     # What is left of it shows that a save was cut off between the two renames.
     write_atomically(folder / NEXT_MARKER, f"{iteration}\n")
     if target.final.exists():
         shutil.rmtree(target.final)
+    check_held()
     partial.rename(target.final)
     sync_folder_and_files(folder)
     (folder / NEXT_MARKER).rename(folder / LATEST)

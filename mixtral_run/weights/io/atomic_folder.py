@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mixtral_run.errors import WeightsError
-from mixtral_run.run_lock import LOCK_NAME, acquire, lock_problems, release
+from mixtral_run.run_lock import LOCK_NAME, acquire, check_held, is_held, lock_problems, release, stop_signs
 from mixtral_run.weights.io.disk import exchange
 from mixtral_run.weights.io.files import replaced_folder, sync_path, write_atomically
 
@@ -161,11 +161,15 @@ class Staging:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._lock is not None:
+        if self._lock is None:
+            return
+        # What another run has taken meanwhile is its own.
+        if is_held(self._lock):
             self._take_back()
             if not self.keep:
+                stop_signs(self._lock)
                 shutil.rmtree(self.folder, ignore_errors=True)
-            self._release()
+        self._release()
 
     def _release(self) -> None:
         assert self._lock is not None
@@ -181,9 +185,13 @@ class Staging:
     def publish(self, spent: tuple[str, ...] = ()) -> None:
         """Put the complete folder in its place, then remove what was there before.
 
-        spent: files that only the work needed; they are removed at the very end.
+        spent: files that only the work needed; they are removed at the very end. Raises HostError if another run has
+        taken the work folder meanwhile.
         """
+        assert self._lock is not None
         sync_tree(self.folder)
+        check_held()
+        stop_signs(self._lock)
         spent = (*spent, LOCK_NAME)
         if _stays(self.output):
             self._move_up(spent)

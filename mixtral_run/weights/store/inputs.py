@@ -48,7 +48,7 @@ def bring_here(url: str, report: Report) -> Path:
     iteration = int(found[1]) if found else None
     base = url.rpartition("/")[0] if found else url
     local = local_copy(base, "inputs")
-    with _own(local, url):
+    with _own(local, url, report):
         journal = Journal.read(local.journal)
         try:
             store = open_store(base)
@@ -69,13 +69,17 @@ def _is_complete(local: LocalCopy, journal: Journal) -> bool:
 
 
 @contextmanager
-def _own(local: LocalCopy, url: str) -> Iterator[None]:
+def _own(local: LocalCopy, url: str, report: Report) -> Iterator[None]:
     """Hold the lock of a copy; wait while another process copies the same folder."""
+    told = False
     while True:
         try:
             descriptor = acquire(local.lock, "mixtral-run, which copies from a store", Path(url))
             break
-        except ConfigError:
+        except ConfigError as error:
+            if not told:
+                report.say(f"  waiting for {error.found}, which copies {url} ({error.next_command})")
+            told = True
             time.sleep(_WAIT_SECONDS)
     try:
         yield

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mixtral_run import run_lock
 from mixtral_run.errors import ConfigError, TrainingError
+from mixtral_run.run_lock import mounts
 from mixtral_run.terminal.report import Report
 from mixtral_run.train.data.cache import cache_folder, content_hash
 from mixtral_run.train.data.cache.cache_folder import NAME, CacheFolder, default_folder
@@ -179,7 +179,7 @@ def test_what_another_host_is_making_stays_where_locks_are_those_of_one_host(
     same, other = (tmp_path / NAME / f".{each}.gpu-07-4711.partial" for each in (name, "0" * 32))
     for folder in (same, other):
         folder.mkdir(parents=True)
-    monkeypatch.setattr(run_lock, "locks_reach_other_hosts", lambda *_: False)
+    monkeypatch.setattr(mounts, "locks_reach_other_hosts", lambda *_: False)
     assert made(tmp_path).folder.name == name
     assert same.is_dir() and other.is_dir()
     monkeypatch.undo()
