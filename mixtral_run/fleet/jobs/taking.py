@@ -26,13 +26,19 @@ LOCK_FILE = "/tmp/mixtral-run.start.lock"
 """Lock of the host for the start of a job, in a folder that all users share. Each of them may lock what one created."""
 BUSY, CORDONED = 75, 76
 """Exit codes of START_SCRIPT. `docker run --detach` ends with 125 to 127 if it fails."""
+ANSWER_SECONDS = 20
+"""Time that the driver and the engine get to answer about a shell, while other starts wait for the lock."""
 
 START_SCRIPT = rf"""
 holds_gpu() {{
   command -v nvidia-smi >/dev/null || return 1
-  used=$(nvidia-smi --query-compute-apps=pid --format=csv,noheader) || return 0
+  used=$(timeout -k 5 {ANSWER_SECONDS} nvidia-smi --query-compute-apps=pid --format=csv,noheader 9<&-) || return 0
+  [ -n "$used" ] || return 1
   if printf '%s\n' "$used" | grep -qvE '^ *[0-9]*$'; then return 0; fi
-  inside=$($docker top "$1" -eo pid) || return 0
+  if ! inside=$(timeout -k 5 {ANSWER_SECONDS} $docker top "$1" -eo pid 9<&-); then
+    shell=$(timeout -k 5 {ANSWER_SECONDS} $docker ps --quiet --filter "label={LABEL_JOB}=$1" 9<&-) || return 0
+    [ -n "$shell" ]; return
+  fi
   for pid in $used; do printf '%s\n' "$inside" | grep -qE "^ *$pid *$" && return 0; done
   return 1
 }}
@@ -64,7 +70,7 @@ fi
 exit
 """
 """Script that starts a container unless the host is cordoned, or runs a job of one of the verbs or a shell that holds a
-GPU. A shell whose processes cannot be compared with those on the GPUs counts as one that does.
+GPU. A shell whose processes cannot be compared with those on the GPUs counts as one that does, unless it has ended.
 
 Arguments: the command for the engine; the record of a cordon; the lock; the verbs with bars between them, or nothing;
 the name of a job whose container keeps the standard streams, or nothing; a file that is created just before such a

@@ -18,16 +18,19 @@ from mixtral_run.fleet.jobs.taking import BUSY, CORDONED, job_in, start_argv
 
 DOCKER = """#!/bin/sh
 # STAND-IN for docker: `running` holds verb and job of each running container, a line each. A start takes a while.
+# `ended`: no container is listed when it is asked for by its name. `asked`: the engine was asked for processes.
 cd '{folder}' || exit 1
 case "$1" in
-  ps) [ ! -e broken ] || {{ echo "no engine" >&2; exit 1; }}; cat running ;;
+  ps) [ ! -e broken ] || {{ echo "no engine" >&2; exit 1; }}
+    case "$2" in --quiet) [ -e ended ] || grep " ${{4##*=}}$" running; true ;; *) cat running ;; esac ;;
   attach) sleep 0.3; echo "$2 $3" >> running; echo "started: $(cat)"; exit 75 ;;
   run) sleep 0.05; echo "$2 $3" >> running; echo started ;;
-  top) cat "inside $2" ;;
+  top) touch asked; cat "inside $2" ;;
 esac
 """
 NVIDIA_SMI = """#!/bin/sh
 # STAND-IN for nvidia-smi: `used` holds the processes on the GPUs.
+[ ! -e '{folder}/hangs' ] || exec sleep 60
 cat '{folder}/used'
 """
 
@@ -57,6 +60,15 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
     monkeypatch.setattr(taking, "LOCK_FILE", str(tmp_path / "lock"))
     monkeypatch.setattr(taking, "CORDON_FILE", str(tmp_path / "cordon.json"))
     return Host(tmp_path)
+
+
+def with_gpus(host: Host, monkeypatch: pytest.MonkeyPatch, used: str) -> None:
+    """Put a shell and the processes on the GPUs on a host."""
+    (host.folder / "nvidia-smi").write_text(NVIDIA_SMI.format(folder=host.folder))
+    (host.folder / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(host.folder), prepend=os.pathsep)
+    (host.folder / "used").write_text(used)
+    (host.folder / "running").write_text("shell shell-1\n")
 
 
 def test_one_job_that_uses_the_gpus_at_a_time(host: Host) -> None:
@@ -95,9 +107,8 @@ def test_an_open_shell_keeps_others_off_while_it_holds_a_gpu(
     host: Host, monkeypatch: pytest.MonkeyPatch, used: str | None, inside: str | None, is_busy: bool
 ) -> None:
     """used: the processes on the GPUs; inside: what the engine lists of the shell. None: the command fails."""
-    (host.folder / "nvidia-smi").write_text(NVIDIA_SMI.format(folder=host.folder))
-    (host.folder / "nvidia-smi").chmod(0o755)
-    monkeypatch.setenv("PATH", str(host.folder), prepend=os.pathsep)
+    with_gpus(host, monkeypatch, "")
+    (host.folder / "used").unlink()
     for name, text in (("used", used), ("inside shell-1", inside)):
         if text is not None:
             (host.folder / name).write_text(text)
@@ -107,6 +118,29 @@ def test_an_open_shell_keeps_others_off_while_it_holds_a_gpu(
     if not is_busy:
         assert host.start("shell-2", "shell") == (BUSY, "finetune finetune-1\n")
     assert host.start("finetune-3", share=True)[0] == 0
+
+
+def test_a_shell_that_ends_meanwhile_is_no_obstacle(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(host, monkeypatch, "17\n")
+    (host.folder / "ended").touch()
+    assert host.start("finetune-1") == (0, "started\n")
+
+
+def test_the_engine_is_not_asked_about_shells_on_idle_gpus(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(host, monkeypatch, "")
+    assert host.start("finetune-1") == (0, "started\n")
+    assert not (host.folder / "asked").exists()
+
+
+def test_a_driver_that_does_not_answer_keeps_the_lock_for_a_limited_time(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_gpus(host, monkeypatch, "17\n")
+    (host.folder / "hangs").touch()
+    monkeypatch.setattr(taking, "START_SCRIPT", taking.START_SCRIPT.replace(str(taking.ANSWER_SECONDS), "0.2"))
+    began = time.monotonic()
+    assert host.start("finetune-1") == (BUSY, "shell shell-1\n")
+    assert time.monotonic() - began < 10
 
 
 def test_without_a_driver_no_shell_holds_a_gpu(host: Host) -> None:
