@@ -21,6 +21,7 @@ from torch import Tensor
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.megatron import is_main_replica
 from mixtral_run.planner.memory_model import USABLE_OF_HOST
+from mixtral_run.run_lock import boot_id
 from mixtral_run.train.checkpoints.adapter_shards import MOMENTS, ParameterState, live_states, shards_of
 from mixtral_run.weights.io.disk import available_bytes
 
@@ -147,7 +148,8 @@ def fits_on_hosts(num_bytes: int) -> bool:
 
     num_bytes: of this rank's copy. A part of the memory stays free for the processes themselves.
     """
-    own = (os.uname().nodename, num_bytes, available_bytes())
+    # Two hosts may have one name, and two containers of a host have names of their own.
+    own = (f"{os.uname().nodename} {boot_id()}", num_bytes, available_bytes())
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, own)
     needed: dict[str, int] = {}

@@ -212,3 +212,18 @@ def test_the_copies_of_all_ranks_of_a_host_have_to_fit(monkeypatch: pytest.Monke
     monkeypatch.setattr(dist, "all_gather_object", gather)
     monkeypatch.setattr(host_copy, "available_bytes", lambda: 100)
     assert fits_on_hosts(39) and not fits_on_hosts(40)
+
+
+def test_two_hosts_of_one_name_have_memory_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    own: list[Any] = []
+
+    def gather(found: list[Any], value: Any) -> None:
+        own.append(value)
+        found[:] = own if len(own) == 2 else [value, value]
+
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    monkeypatch.setattr(host_copy, "available_bytes", lambda: 100)
+    monkeypatch.setattr(host_copy, "boot_id", iter("ab").__next__)
+    assert not fits_on_hosts(60), "two ranks of one host"
+    assert fits_on_hosts(60), "two hosts"
