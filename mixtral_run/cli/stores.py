@@ -46,10 +46,14 @@ def run_with_stores(verb: Callable[[ConfigT], None], config: ConfigT) -> None:
     is_first = processes.rank() == 0
     report = Report.silent() if not is_first else Report.on_stderr() if as_json else Report()
     _refuse_scattered(urls)
-    if is_first:
-        _check_other_inputs(config, urls)
     outputs = {name: texts for name, texts in urls.items() if _kind(config, name) == "output"}
     with ExitStack() as stack:
+        if is_first:
+            if "save" in outputs and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                from mixtral_run.weights.store.outputs import begun_here
+
+                stack.enter_context(begun_here(outputs["save"][0]))
+            _check_other_inputs(config, urls)
         finishes = [stack.enter_context(_output(config, name, report)) for name in outputs] if is_first else []
         if None in finishes:
             return

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import socket
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,13 +21,14 @@ from mixtral_run.weights.io.atomic_folder import GIB
 from mixtral_run.weights.io.files import write_atomically
 from mixtral_run.weights.store.folder import StoreFolder, open_store
 from mixtral_run.weights.store.journal import Journal, send_missing
-from mixtral_run.weights.store.local import LocalCopy, local_copy
+from mixtral_run.weights.store.local import VARIABLE, LocalCopy, local_copy
 from mixtral_run.weights.store.marker import MARKER, Marker
 from mixtral_run.weights.store.problems import store_error
 from mixtral_run.weights.store.run_mirror import AbandonedError, Retention, RunMirror
 from mixtral_run.weights.store.runs import bring_back, complete_iterations
 
-_WAIT_SECONDS = 0.2
+_WAIT_SECONDS, _START_SECONDS = 0.2, 300.0
+"""Time between two looks for the first process of a job; time after which it must have begun on a disk that is seen."""
 _PROBE = ".mixtral-run-probe"
 _HELD = "expected a new or empty folder, or"
 SecondsLeft = Callable[[], float | None]
@@ -72,6 +76,7 @@ def run_output(
         mirror = RunMirror(store, local, complete, retention, say)
         mirror.start()
         write_atomically(local.ready, _this_job())
+        _begun(local).unlink(missing_ok=True)
         try:
             yield mirror.finish
         finally:
@@ -81,14 +86,47 @@ def run_output(
 def wait_for_first_process(url: str) -> None:
     """Return when the first process of this job, which torchrun started, has prepared the folder of a run.
 
-    If that process fails, torchrun ends this one.
+    If that process fails, torchrun ends this one. Raises ConfigError if this host does not see that it has begun.
     """
-    file = local_copy(url, "outputs").ready
-    while True:
-        with contextlib.suppress(OSError):
-            if file.read_text(encoding="utf-8") == _this_job():
-                return
+    local = local_copy(url, "outputs")
+    until = time.monotonic() + _START_SECONDS
+    while not _names_this_job(local.ready):
+        if _names_this_job(_begun(local)):
+            # It may copy a checkpoint here for hours.
+            until = math.inf
+        if time.monotonic() > until:
+            raise ConfigError(
+                "This host does not see the folder in which the first process of the job works.",
+                where=str(local.folder),
+                expected=f"{VARIABLE} on all hosts of the job, a folder on a file system that they share",
+                found=f"on {socket.gethostname()} no sign of the first process in {_START_SECONDS:.0f} s; {VARIABLE} "
+                f"is {os.environ.get(VARIABLE) or 'not set'}",
+                next_command=f"the same command with --env {VARIABLE}=/checkpoints/stores",
+            )
         time.sleep(_WAIT_SECONDS)
+
+
+@contextmanager
+def begun_here(url: str) -> Iterator[None]:
+    """Show the other processes of this job, while the block runs or until the folder is ready, that the first works."""
+    file = _begun(local_copy(url, "outputs"))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, _this_job())
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def _begun(local: LocalCopy) -> Path:
+    """Return a file that other jobs, which the lock refuses later, do not write."""
+    return local.ready.with_name(f"begun-{zlib.crc32(_this_job().encode()):08x}")
+
+
+def _names_this_job(file: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return file.read_text(encoding="utf-8") == _this_job()
+    return False
 
 
 def _this_job() -> str:

@@ -62,6 +62,23 @@ def test_several_hosts_need_a_folder_that_they_share(monkeypatch: pytest.MonkeyP
         stores.run_with_stores(lambda _: None, config())
 
 
+def test_the_first_of_several_processes_shows_itself_before_anything_takes_long(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setenv("MIXTRAL_RUN_STORE_CACHE", str(tmp_path))
+    found: list[list[Path]] = []
+
+    def stop(*_: object) -> None:
+        found.append(list(tmp_path.rglob("begun-*")))
+        raise ConfigError("Stop.")
+
+    monkeypatch.setattr(stores, "_check_other_inputs", stop)
+    with pytest.raises(ConfigError, match="Stop"):
+        stores.run_with_stores(lambda _: None, config())
+    assert len(found[0]) == 1 and not list(tmp_path.rglob("begun-*"))
+
+
 def test_other_inputs_are_looked_at_before_a_copy(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nowhere"):
         stores.run_with_stores(lambda _: None, config(init_adapter=str(tmp_path / "nowhere")))

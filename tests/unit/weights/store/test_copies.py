@@ -6,6 +6,7 @@ import shutil
 import threading
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -176,6 +177,29 @@ def test_the_other_processes_of_a_job_wait_for_the_first(monkeypatch: pytest.Mon
         late.join(5)
         assert not late.is_alive()
         finish(lambda: None)
+
+
+def test_a_host_that_does_not_see_the_first_process_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two hosts whose MIXTRAL_RUN_STORE_CACHE has one path and is not shared; then one that is shared."""
+    clock = [0.0]
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+        if clock[0] > 1000:
+            outputs.write_atomically(outputs.local_copy(URL, "outputs").ready, outputs._this_job())
+
+    monkeypatch.setattr(outputs, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep))
+    monkeypatch.setattr(outputs, "_WAIT_SECONDS", 1.5)
+    monkeypatch.setattr(outputs.socket, "gethostname", lambda: "gpu-02")
+    with outputs.begun_here(URL):
+        monkeypatch.setenv("MIXTRAL_RUN_STORE_CACHE", str(tmp_path / "here only"))
+        with pytest.raises(ConfigError, match=r"(?s)gpu-02.*--env MIXTRAL_RUN_STORE_CACHE=") as refused:
+            outputs.wait_for_first_process(URL)
+        assert str(tmp_path / "here only") in str(refused.value) and 300 < clock[0] < 310
+        monkeypatch.setenv("MIXTRAL_RUN_STORE_CACHE", str(tmp_path / "cache"))
+        outputs.wait_for_first_process(URL)
+        assert clock[0] > 1000, "a copy of a checkpoint takes longer than a start"
+    assert not list((tmp_path / "cache").rglob("begun-*"))
 
 
 def make(folder: Path, content: dict[str, bytes] = CONTENT) -> None:
