@@ -124,7 +124,7 @@ def _bare(node: nodes.Node, guarded: bool = False) -> set[str]:
     """Return the names that an expression reads without a default. Those of `is defined and` count as read bare."""
     if isinstance(node, nodes.Name):
         return set() if guarded else {node.name}
-    if isinstance(node, nodes.Filter) and node.name in ("default", "d") or isinstance(node, nodes.Test):
+    if (isinstance(node, nodes.Filter) and node.name in ("default", "d")) or isinstance(node, nodes.Test):
         guarded = isinstance(node, nodes.Filter) or node.name in ("defined", "undefined")
     elif not isinstance(node, (nodes.Getattr, nodes.Getitem)):
         guarded = False
