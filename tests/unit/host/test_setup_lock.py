@@ -150,9 +150,25 @@ def test_the_password_of_the_play_goes_to_the_holder_and_into_no_list_of_process
     )
     monkeypatch.setattr(lock, "SCRIPT", script)
     monkeypatch.setattr(lock, "FOLDER", str(tmp_path))
-    become = SimpleNamespace(get_option={"become_pass": "s3cret-of-ann"}.get)
+    become = SimpleNamespace(name="ansible.builtin.sudo", get_option={"become_pass": "s3cret-of-ann"}.get)
     assert lock.take(SimpleNamespace(transport="local", become=become), tmp_path / "file", "x") == ("", "")
     lock.give_back(tmp_path / "file")
     assert (tmp_path / "got").read_text() == "password s3cret-of-ann"
     shown = (tmp_path / "shown").read_bytes()
     assert b"keeper" in shown and b"s3cret-of-ann" not in shown
+
+
+@pytest.mark.parametrize("method", ["su", "community.general.run0"])
+def test_the_password_of_another_method_does_not_go_to_sudo(lock, tmp_path, monkeypatch, method):
+    """With `su` it is root's password, which sudo would take for a wrong one of the login user."""
+    script = tmp_path / "script.sh"
+    script.write_text('IFS= read -r line; printf "%s %s" "$4" "$line" >"$2/got"; echo without sudo asks ops\n')
+    monkeypatch.setattr(lock, "SCRIPT", script)
+    monkeypatch.setattr(lock, "FOLDER", str(tmp_path))
+    become = SimpleNamespace(name=method, get_option={"become_pass": "root5"}.get)
+    assert lock.take(SimpleNamespace(transport="local", become=become), tmp_path / "file", "x") == (
+        "",
+        f"Two operators are not kept apart here: become method {method.rpartition('.')[2]} has no lock; "
+        "without its password: sudo asks ops",
+    )
+    assert "root5" not in (tmp_path / "got").read_text()
