@@ -29,9 +29,11 @@ END
 folder="${MIXTRAL_RUN_LOCK_FOLDER:-$2}" password=
 [ "$4" != password ] || IFS= read -r password
 [ "$(id -u)" != 0 ] && [ ! -O "$folder" ] || exec sh -c "$program" lock "$1" "$folder" "$3"
-! sudo -n true 2>/dev/null || exec sudo -n sh -c "$program" lock "$1" "$folder" "$3"
-if [ -n "$password" ] && printf '%s\n' "$password" | sudo -S -p '' true 2>/dev/null; then
-    { printf '%s\n' "$password"; exec cat; } | sudo -S -p '' sh -c "$program" lock "$1" "$folder" "$3"
+# Look with the command that follows: sudoers may ask for a password for one command and not for another.
+! sudo -n sh -c : 2>/dev/null </dev/null || exec sudo -n sh -c "$program" lock "$1" "$folder" "$3"
+# With -k sudo always asks. Without it, sudo would not ask again, and the password would be input of root's command.
+if [ -n "$password" ] && printf '%s\n' "$password" | sudo -k -S -p '' sh -c : 2>/dev/null; then
+    { printf '%s\n' "$password"; exec cat; } | sudo -k -S -p '' sh -c "$program" lock "$1" "$folder" "$3"
     exit
 fi
 echo "without $folder/setup.lock belongs to root, and sudo refuses $(id -un) or asks for a password"
