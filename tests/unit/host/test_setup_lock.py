@@ -101,6 +101,44 @@ def test_nobody_but_the_owner_can_open_the_lock(lock, tmp_path):
         assert taken(lock, folder) == "busy"
 
 
+def test_an_older_version_of_the_kit_is_kept_away_and_keeps_away(lock, tmp_path):
+    old = tmp_path / "mixtral-run-setup.lock"
+    assert taken(lock, tmp_path) == "held" and not old.exists(), "nothing is made where any user can write"
+    old.write_text("their note")
+    with old.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert taken(lock, tmp_path) == "busy their note"
+        assert (tmp_path / "setup.lock").read_text() == ""
+    script = ["sh", "-c", lock.SCRIPT.read_text(), "lock", "me", str(tmp_path), "60"]
+    with subprocess.Popen(script, stdin=-1, stdout=-1) as holder, old.open() as other:
+        assert holder.stdout.readline() == b"held \n"
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        holder.stdin.close()
+    assert old.read_text() == "their note"
+    # A link could lead root to a file of its own, and a pipe would stop it.
+    for make in (lambda: old.symlink_to(tmp_path / "victim"), lambda: os.mkfifo(old)):
+        old.unlink()
+        make()
+        assert taken(lock, tmp_path) == "held" and not (tmp_path / "victim").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can start a process of another user")
+def test_a_user_who_cannot_change_the_host_keeps_nobody_away(lock, tmp_path):
+    old = tmp_path / "mixtral-run-setup.lock"
+    old.touch()
+    with old.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        stranger = subprocess.Popen(
+            ["cat"], stdin=-1, pass_fds=[held.fileno()], user=65534, group=65534, extra_groups=()
+        )
+    try:
+        assert taken(lock, tmp_path) == "held"
+    finally:
+        stranger.communicate()
+    assert stranger.returncode == 0
+
+
 @pytest.mark.parametrize("kind", ["link of the folder", "open folder", "foreign folder", "link", "folder", "foreign"])
 def test_a_lock_that_others_can_replace_is_refused(lock, tmp_path, kind):
     folder, victim = tmp_path / "run", tmp_path / "victim"
