@@ -268,3 +268,16 @@ def test_what_a_failing_python_prints_of_its_input_reaches_no_log(
     assert sent["keys"] == KEYS
     assert not [word for word in ("hf_printedBack", "AKIDNOBODY", "neverShown") if word in str(answer)]
     assert answer["module_stderr"] == "no zip" and '"section": "x"' in answer["module_stdout"]
+
+
+def test_only_secrets_of_the_keys_are_hidden() -> None:
+    plugin = load_action("owned_folders")
+    text = (
+        "# keys of ops, until May\n; more\n[default]\naws_access_key_id: AKIDNOBODY\naws_secret_access_key : S3=:crt\n"
+        "aws_session_token=short\nregion = eu\nretries = 1\ns3 =\n    style = path\nnone:longEnoughValue\n"
+        "neverShownLine\nodd\n"
+    )
+    secrets = ["AKIDNOBODY", "S3=:crt", "short", "longEnoughValue", "neverShownLine"]
+    assert plugin._parts(text) == secrets
+    message = "1 file of keys of ops; region eu; style path; odd"
+    assert plugin._without({"msg": message, "rc": 1}, secrets) == {"msg": message, "rc": 1}
