@@ -102,6 +102,11 @@ class RunCheckpoints:
         gib = f"{self._saver.prepare_background() / GIB:,.2f} GiB"
         if self._saver.can_save_in_background:
             self._run.report.say(f"Checkpoints are saved in the background; the copy takes {gib} of host memory")
+        elif self._saver.copy_problem is not None:
+            self._run.report.warn(
+                f"The training waits for each save: the copy for saves in the background, {gib} over all hosts, could "
+                f"not be allocated ({self._saver.copy_problem})"
+            )
         else:
             self._run.report.warn(
                 f"The training waits for each save: a copy for saves in the background would take {gib} over all "

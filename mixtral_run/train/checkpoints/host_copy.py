@@ -40,6 +40,8 @@ class HostCopy(ABC):
     Attributes:
         num_bytes: of all buffers; known before `allocate`.
         states: the state of each parameter, in the buffers; after `allocate`.
+
+    `allocate` takes the memory, `attach` makes the copy ready for use. Between them the ranks agree that all have it.
     """
 
     def __init__(self, device: torch.device, optimizer: HookedOptimizer, num_bytes: int) -> None:
@@ -47,11 +49,13 @@ class HostCopy(ABC):
         self.states: list[ParameterState] = []
         self._device, self._hooked = device, optimizer
         self._ready: torch.cuda.Event | None = None
+        self._buffers: list[Tensor] = []
 
-    def allocate(self) -> None:
-        """Take the memory. From now on the optimizer waits for a copy that has begun before it changes anything."""
-        self._allocate()
+    def attach(self) -> None:
+        """Pin the memory. From now on the optimizer waits for a copy that has begun before it changes anything."""
         if self._device.type == "cuda":
+            for each in self._buffers:
+                pin(each)
             self._stream = torch.cuda.Stream(self._device)
             self._copied = torch.cuda.Event()
             self._launched = threading.Event()
@@ -59,8 +63,16 @@ class HostCopy(ABC):
             self._hooked.register_step_pre_hook(lambda *_: self._hold_optimizer())
 
     @abstractmethod
-    def _allocate(self) -> None:
-        """Take the memory, and fill `states`."""
+    def allocate(self) -> None:
+        """Take the memory, and fill `states`. Raises MemoryError or RuntimeError if the system has not enough."""
+
+    def _buffer(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Return zeros in host memory, which `attach` pins.
+
+        The zeros are written: the system gives memory only then, and a step would wait for it.
+        """
+        self._buffers.append(torch.zeros(shape, dtype=dtype))
+        return self._buffers[-1]
 
     @abstractmethod
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -125,8 +137,9 @@ class AdapterCopy(HostCopy):
         num_bytes = sum(size * count for size, count in zip(self._sizes, self._counts, strict=True))
         super().__init__(model.mesh.device, optimizer, num_bytes)
 
-    def _allocate(self) -> None:
-        memory = host_buffer(torch.Size([self.num_bytes]), torch.uint8, self._device)
+    def allocate(self) -> None:
+        """Take the memory in one block, and fill `states`."""
+        memory = self._buffer(torch.Size([self.num_bytes]), torch.uint8)
         at = 0
         for state, size, count in zip(self._live, self._sizes, self._counts, strict=True):
             buffers = [_like(state.parameter, memory[at + n * size : at + (n + 1) * size]) for n in range(count)]
@@ -157,17 +170,6 @@ def fits_on_hosts(num_bytes: int) -> bool:
         free[host] = min(free.get(host, available), available)
     # 0: a host that does not say what is free.
     return all(not free[host] or needed[host] <= USABLE_OF_HOST * free[host] for host in needed)
-
-
-def host_buffer(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return zeros in host memory, pinned if the device that they are copied from is a GPU.
-
-    The zeros are written: the system gives memory only then, and a step would wait for it.
-    """
-    memory = torch.zeros(shape, dtype=dtype)
-    if device.type == "cuda":
-        pin(memory)
-    return memory
 
 
 def _holds_any(state: ParameterState, shards: Sequence[Any]) -> bool:
