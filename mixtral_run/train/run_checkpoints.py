@@ -93,6 +93,10 @@ class RunCheckpoints:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None and self._pending is not None and self._saver.waits_after(error):
+            self._run.report.warn(
+                f"The training has failed. The run ends when the checkpoint of iteration {self._pending[0]} is written"
+            )
         self._saver.__exit__(kind, error, trace)
 
     def prepare(self) -> None:

@@ -99,8 +99,16 @@ class Saver(ABC):
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         # Without one of the ranks no save can be completed, and the job is to end at once.
-        if self._pending is not None and not (error is not None and is_consequence(error)):
-            self._pending.join_after_error()
+        if self._pending is not None and self.waits_after(error):
+            # A rank that fails on its own takes its peers down only when it ends: until then they write their parts.
+            # Errors of collectives mean that a peer may be gone already, and an interrupt that the user waits.
+            all_live = not isinstance(error, dist.DistError) and (error is None or isinstance(error, Exception))
+            self._pending.join_after_error(all_ranks_live=all_live)
+
+    def waits_after(self, error: BaseException | None) -> bool:
+        """Return True if the end of this context waits for a save in the background. error: of the training."""
+        is_running = self._pending is not None and self._pending.is_running
+        return is_running and not (error is not None and is_consequence(error))
 
     @abstractmethod
     def _new_copy(self) -> HostCopy:
