@@ -11,7 +11,9 @@ import torch
 
 from mixtral_run.config.verbs.align import AlignConfig
 from mixtral_run.config.verbs.training import FinetuneConfig, RunConfig
+from mixtral_run.launch.processes import SHUTDOWN_SECONDS
 from mixtral_run.model.adapters.lora_settings import LoraSettings
+from mixtral_run.model.parallel.mesh import everywhere
 from mixtral_run.planner.memory_model import USABLE_OF_HOST
 from mixtral_run.train.checkpoints.checkpoint import load_adapter, load_optimizer
 from mixtral_run.train.checkpoints.random_state import restore_random_state
@@ -55,6 +57,10 @@ LOSS_SETTINGS = (
 """Settings that determine the loss. --init-adapter does as well where it is the reference of align."""
 DRAW_SETTINGS = ("micro_batch_size", "expert_chunks")
 """Settings that determine the order in which dropout draws its numbers, next to the layout."""
+
+
+LONGEST_BEFORE_ANOTHER = SHUTDOWN_SECONDS / 2
+"""Seconds of a save that a stop came into, up to which the last iteration is saved as well."""
 
 
 def describe_lora(config: FinetuneConfig) -> dict[str, object]:
@@ -126,9 +132,9 @@ class RunCheckpoints:
         self.finish()
         request = self._request(iteration)
         if goes_on and self._saver.can_save_in_background:
-            began = time.perf_counter()
             self._saver.save_in_background(request)
-            self._pending = iteration, time.perf_counter() - began
+            # With the wait for the save before, which may be most of it.
+            self._pending = iteration, time.perf_counter() - started
             return
         self._saver.save(request)
         self._report(iteration, f"in {time.perf_counter() - started:.1f} s")
@@ -137,9 +143,29 @@ class RunCheckpoints:
         """Report a save in the background that is complete, or raise its error."""
         self._report_pending(self._saver.poll())
 
-    def finish(self) -> None:
-        """Wait for a save in the background, and report it or raise its error."""
-        self._report_pending(self._saver.finish())
+    def finish(self) -> float | None:
+        """Wait for a save in the background, and report it or raise its error. Return its seconds on this rank."""
+        seconds = self._saver.finish()
+        self._report_pending(seconds)
+        return seconds
+
+    def finish_at_end(self, last: int, *, is_stopped: bool) -> bool:
+        """Wait for a save in the background. Return True if the last iteration is to be saved, on all ranks alike.
+
+        After a stop that came during a long save there may be no time for two: the second is left out, as the job would
+        be killed before it is complete.
+        """
+        pending = self._pending
+        seconds = self.finish()
+        if not is_stopped or pending is None or pending[0] == last:
+            return True
+        if everywhere(seconds is None or seconds <= LONGEST_BEFORE_ANOTHER, self._run.mesh.device):
+            return True
+        self._run.report.warn(
+            f"Iteration {last} is not saved: a save takes more than {LONGEST_BEFORE_ANOTHER:.0f} s, and the job may be "
+            f"killed {SHUTDOWN_SECONDS} s after a stop. The newest checkpoint is that of iteration {pending[0]}"
+        )
+        return False
 
     def _report_pending(self, seconds: float | None) -> None:
         if seconds is not None and self._pending is not None:
