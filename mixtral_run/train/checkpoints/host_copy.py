@@ -7,6 +7,8 @@ takes milliseconds, too.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import threading
 from abc import ABC, abstractmethod
@@ -21,6 +23,7 @@ from torch import Tensor
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.megatron import is_main_replica
 from mixtral_run.planner.memory_model import USABLE_OF_HOST
+from mixtral_run.terminal.report import Report
 from mixtral_run.train.checkpoints.adapter_shards import MOMENTS, ParameterState, live_states, shards_of
 from mixtral_run.weights.io.disk import available_bytes
 
@@ -187,7 +190,29 @@ def _like(parameter: Tensor, memory: Tensor) -> Tensor:
 def pin(memory: Tensor) -> None:
     """Pin memory in its exact size; torch's allocator would round it up to a power of two.
 
-    Memory that cannot be pinned works as well, with a slower copy.
+    Memory that cannot be pinned works as well, with a slower copy; the first time is reported.
     """
-    if memory.numel():
-        torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+    if not memory.numel():
+        return
+    code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+    if code != 0:
+        _clear_cuda_error()
+        _warn_unpinned(code)
+
+
+def _clear_cuda_error() -> None:
+    """Take back the error that the CUDA runtime keeps of this thread's last call.
+
+    The next launch of a kernel would raise it as its own. torch's check after a launch both raises and clears it.
+    """
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device="cuda")
+
+
+@functools.cache
+def _warn_unpinned(code: int) -> None:
+    """Report once in this process that memory could not be pinned. code: of the CUDA runtime's error."""
+    Report.on_stderr().warn(
+        f"Rank {os.environ.get('RANK', '0')} cannot pin host memory (CUDA error {code}): its copies between host and "
+        "GPU are slower. The memory limit of the container and ulimit -l say how much may be pinned"
+    )

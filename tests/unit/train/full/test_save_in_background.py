@@ -204,6 +204,35 @@ def test_without_the_memory_the_training_waits_and_says_so(
     assert ("Checkpoints are saved in the background" in printed) != waits
 
 
+def test_memory_that_cannot_be_pinned_is_reported_once_and_leaves_no_error_behind(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second and the third of four registrations fail; the runtime keeps the error until it is read."""
+    codes, kept, asked = [0, 2, 2, 0], [0], []
+
+    def register(address: int, num_bytes: int, flags: int) -> int:
+        assert kept == [0] and flags == 0
+        asked.append((address, num_bytes))
+        kept[0] = codes.pop(0)
+        return kept[0]
+
+    def launch(*_: object, device: str) -> None:
+        """Raise and clear the runtime's error, as torch's check after the launch of a kernel does."""
+        assert device == "cuda" and kept[0]
+        kept[0] = 0
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=register))
+    monkeypatch.setattr(torch, "ones", launch)
+    host_copy._warn_unpinned.cache_clear()
+    memory = torch.zeros(10)
+    for _ in range(4):
+        host_copy.pin(memory)
+    host_copy.pin(torch.zeros(0))
+    assert asked == [(memory.data_ptr(), 40)] * 4 and kept == [0]
+    assert "".join(capsys.readouterr()).count("cannot pin host memory (CUDA error 2)") == 1
+
+
 def test_the_copies_of_all_ranks_of_a_host_have_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     def gather(found: list[Any], own: tuple[str, int, int]) -> None:
         # Rank 1 is on the same host, and measured a little less; rank 2 has a host of its own.
