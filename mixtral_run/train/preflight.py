@@ -24,7 +24,7 @@ from mixtral_run.run_lock import LOCK_NAME, lock_file_of, lock_problems
 from mixtral_run.terminal.report import Report
 from mixtral_run.train.checkpoints.newest_good import ITERATIONS, newest_good
 from mixtral_run.train.checkpoints.resume_checks import check_full_resume, check_not_complete, full_checkpoint_bytes
-from mixtral_run.train.checkpoints.run_folder import PARTIAL, num_checkpoints
+from mixtral_run.train.checkpoints.run_folder import PARTIAL, additional_bytes, num_checkpoints
 from mixtral_run.train.data.reading.examples import ReadOptions, read_examples
 from mixtral_run.train.data.reading.prompts import read_prompts
 from mixtral_run.train.data.samples import batch_size_problems
@@ -198,11 +198,13 @@ def _start_of(config: RunConfig, base: BaseDescription) -> int:
 
 
 def checkpoint_bytes(config: RunConfig, base: BaseDescription, start: int) -> int:
-    """Return the bytes of the checkpoints to come. start: the iteration after which the run continues."""
+    """Return the free bytes that the checkpoints need. start: the iteration after which the run continues."""
     if isinstance(config, PretrainConfig):
-        return full_checkpoint_bytes(config, base, start)
-    assert isinstance(config, FinetuneConfig)
-    return adapter_bytes(config, base, start)
+        num_bytes = full_checkpoint_bytes(config, base, start)
+    else:
+        assert isinstance(config, FinetuneConfig)
+        num_bytes = adapter_bytes(config, base, start)
+    return additional_bytes(config, start, num_bytes // num_checkpoints(config, start))
 
 
 def _check_continues(config: FinetuneConfig, base: BaseDescription, adapter: AdapterDescription) -> AdapterDescription:
@@ -267,7 +269,7 @@ def _shown(value: object) -> str:
 
 
 def adapter_bytes(config: FinetuneConfig, base: BaseDescription, start: int) -> int:
-    """Return the bytes of the checkpoints to come: the adapter and AdamW's two moments in fp32, in each one.
+    """Return the bytes of the checkpoints that are there at once: adapters and AdamW's two moments in fp32.
 
     Those that --early-stopping-patience adds are not counted, because nobody knows how many evaluations are the best.
     """
@@ -301,7 +303,7 @@ def reserved_bytes(config: FinetuneConfig, base: BaseDescription) -> int:
     if not config.knows_iterations or not on_one_disk(config.save, base.folder):
         return 0
     start = describe_adapter(config.save).iteration if config.resume else 0
-    return adapter_bytes(config, base, start)
+    return checkpoint_bytes(config, base, start)
 
 
 def layout_problems(config: LaunchConfig, base: BaseDescription) -> list[str]:

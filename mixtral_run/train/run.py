@@ -21,7 +21,8 @@ from mixtral_run.train.validation import Validation
 class Run:
     """State of a training run, the same on every rank.
 
-    start: iterations before the first one of this process; last: the last one. view: on a terminal, in the first rank.
+    start: iterations before the first one of this process; last: the last one; saved: that of the newest checkpoint.
+    view: on a terminal, in the first rank.
     """
 
     config: TrainingConfig
@@ -35,6 +36,7 @@ class Run:
     bad_steps: BadSteps
     start: int = 0
     last: int = 0
+    saved: int = 0
     view: TrainingRow | None = None
     validation: Validation | None = None
     best: BestLoss = field(default_factory=BestLoss)

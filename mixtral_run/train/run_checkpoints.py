@@ -11,7 +11,9 @@ import torch
 
 from mixtral_run.config.verbs.align import AlignConfig
 from mixtral_run.config.verbs.training import FinetuneConfig, RunConfig
+from mixtral_run.launch.processes import SHUTDOWN_SECONDS
 from mixtral_run.model.adapters.lora_settings import LoraSettings
+from mixtral_run.model.parallel.mesh import everywhere
 from mixtral_run.planner.memory_model import USABLE_OF_HOST
 from mixtral_run.train.checkpoints.checkpoint import load_adapter, load_optimizer
 from mixtral_run.train.checkpoints.random_state import restore_random_state
@@ -57,6 +59,10 @@ DRAW_SETTINGS = ("micro_batch_size", "expert_chunks")
 """Settings that determine the order in which dropout draws its numbers, next to the layout."""
 
 
+LONGEST_BEFORE_ANOTHER = SHUTDOWN_SECONDS / 2
+"""Seconds of a save that a stop came into, up to which the last iteration is saved as well."""
+
+
 def describe_lora(config: FinetuneConfig) -> dict[str, object]:
     """Return what the mixtral_run.json of an adapter says about it."""
     return {"dtype": "float32", "lora": LoraSettings.from_config(config).to_mapping()}
@@ -93,6 +99,10 @@ class RunCheckpoints:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None and self._pending is not None and self._saver.waits_after(error):
+            self._run.report.warn(
+                f"The training has failed. The run ends when the checkpoint of iteration {self._pending[0]} is written"
+            )
         self._saver.__exit__(kind, error, trace)
 
     def prepare(self) -> None:
@@ -102,6 +112,11 @@ class RunCheckpoints:
         gib = f"{self._saver.prepare_background() / GIB:,.2f} GiB"
         if self._saver.can_save_in_background:
             self._run.report.say(f"Checkpoints are saved in the background; the copy takes {gib} of host memory")
+        elif self._saver.copy_problem is not None:
+            self._run.report.warn(
+                f"The training waits for each save: the copy for saves in the background, {gib} over all hosts, could "
+                f"not be allocated ({self._saver.copy_problem})"
+            )
         else:
             self._run.report.warn(
                 f"The training waits for each save: a copy for saves in the background would take {gib} over all "
@@ -117,9 +132,9 @@ class RunCheckpoints:
         self.finish()
         request = self._request(iteration)
         if goes_on and self._saver.can_save_in_background:
-            began = time.perf_counter()
             self._saver.save_in_background(request)
-            self._pending = iteration, time.perf_counter() - began
+            # With the wait for the save before, which may be most of it.
+            self._pending = iteration, time.perf_counter() - started
             return
         self._saver.save(request)
         self._report(iteration, f"in {time.perf_counter() - started:.1f} s")
@@ -128,9 +143,29 @@ class RunCheckpoints:
         """Report a save in the background that is complete, or raise its error."""
         self._report_pending(self._saver.poll())
 
-    def finish(self) -> None:
-        """Wait for a save in the background, and report it or raise its error."""
-        self._report_pending(self._saver.finish())
+    def finish(self) -> float | None:
+        """Wait for a save in the background, and report it or raise its error. Return its seconds on this rank."""
+        seconds = self._saver.finish()
+        self._report_pending(seconds)
+        return seconds
+
+    def finish_at_end(self, last: int, *, is_stopped: bool) -> bool:
+        """Wait for a save in the background. Return True if the last iteration is to be saved, on all ranks alike.
+
+        After a stop that came during a long save there may be no time for two: the second is left out, as the job would
+        be killed before it is complete.
+        """
+        pending = self._pending
+        seconds = self.finish()
+        if not is_stopped or pending is None or pending[0] == last:
+            return True
+        if everywhere(seconds is None or seconds <= LONGEST_BEFORE_ANOTHER, self._run.mesh.device):
+            return True
+        self._run.report.warn(
+            f"Iteration {last} is not saved: a save takes more than {LONGEST_BEFORE_ANOTHER:.0f} s, and the job may be "
+            f"killed {SHUTDOWN_SECONDS} s after a stop. The newest checkpoint is that of iteration {pending[0]}"
+        )
+        return False
 
     def _report_pending(self, seconds: float | None) -> None:
         if seconds is not None and self._pending is not None:

@@ -73,6 +73,7 @@ def train_and_save(
 ) -> None:
     """Train to the end, or until a stop, with evaluations and checkpoints. All ranks must call."""
     saved = done = run.start
+    is_over = False
     _evaluate(run, config, done, stop, write, outcome)
     if done == 0:
         outcome.generations.write(run.model, done, stop.agreed, run.report)
@@ -97,10 +98,11 @@ def train_and_save(
         if is_over:
             break
     outcome.router.end_training(done)
-    checkpoints.finish()
-    if done != saved:
+    is_stopped = done != config.iterations and not is_over
+    if checkpoints.finish_at_end(done, is_stopped=is_stopped) and done != saved:
         checkpoints.save(done, goes_on=False)
-    run.last = done
+        saved = done
+    run.last, run.saved = done, saved
     if done != run.start and not stop.agreed():
         outcome.generations.write(run.model, done, stop.agreed, run.report)
 
@@ -153,7 +155,8 @@ def report_end(run: Run, config: RunConfig, outcome: Outcome, ending: Ending, nu
     if run.mesh.is_first:
         outcome.end(summary, num_retaken)
     if done < config.iterations and not is_over:
-        run.report.warn(f"Stopped at iteration {done} of {config.iterations}, as requested; --resume continues it")
+        where = "it" if run.saved == done else f"after iteration {run.saved}"
+        run.report.warn(f"Stopped at iteration {done} of {config.iterations}, as requested; --resume continues {where}")
         return
     if done < config.iterations:
         run.report.say(

@@ -6,12 +6,16 @@ changed, or why it cannot be used, stays visible.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 
 HIDDEN = "(secret hidden)"
+LEAST_SECRET = 8
+"""Characters of the shortest value that is hidden whatever its name is."""
+SECRET_NAMES = re.compile("key|secret|token|password", re.IGNORECASE)
 FILES = {
     "secret_file": ("secret", "hf_cache_token_file"),
     "keys_file": ("keys", "hf_cache_store_keys_file"),
@@ -36,8 +40,18 @@ class ActionModule(ActionBase):
 
 
 def _parts(text):
-    """Return what must not be shown of keys: of each line `NAME = VALUE` the value, and other lines but sections."""
-    return [line.partition("=")[2] or line for line in text.splitlines() if not line.startswith("[")]
+    """Return what must not be shown of keys: the values of `NAME = VALUE` or `NAME: VALUE`, and odd lines as a whole.
+
+    A short value of another name, such as a region, is no secret, and may be a part of other words in a message.
+    """
+    found = []
+    for line in map(str.strip, text.splitlines()):
+        if line and line[0] not in "#;[":
+            name, *rest = re.split("[=:]", line, maxsplit=1)
+            value = (rest[0] if rest else line).strip()
+            if len(value) >= LEAST_SECRET or (rest and SECRET_NAMES.search(name)):
+                found.append(value)
+    return found
 
 
 def _without(answer, secrets):

@@ -86,6 +86,9 @@ def act(module):
         _fail(module, "the image " + params["image"], "no such image", "run the image role")
     changes = _changes(known, stamp, params["floors"])
     if not changes and not params["force"]:
+        if not isinstance(known.get("gpus"), dict):  # the record is of an older version
+            record.values["gpus"] = _hardware(gpus)
+            record.save()
         module.exit_json(changed=False, report=known["report"], stamp=stamp, why="unchanged since it was accepted")
     _defer_when_busy(module, stamp, changes)
     if module.check_mode:
@@ -95,7 +98,7 @@ def act(module):
         report=report,
         stamp=stamp,
         floors=params["floors"],
-        gpus=since_acceptance.hardware(gpus["gpus"], gpu_driver.active_nvlinks() if gpus["gpus"] else None),
+        gpus=_hardware(gpus),
         at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )
     record.save()
@@ -124,6 +127,10 @@ def _stamp(module, gpus):
         "kernel": probe.os.uname().release,
         "image": image.out.strip() if image.code == 0 else None,
     }
+
+
+def _hardware(gpus):
+    return since_acceptance.hardware(gpus["gpus"], gpu_driver.active_nvlinks() if gpus["gpus"] else None)
 
 
 def _changes(known, stamp, floors):

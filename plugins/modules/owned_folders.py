@@ -39,6 +39,7 @@ options:
 
 import configparser
 import contextlib
+import hashlib
 import os
 import shutil
 import stat
@@ -123,16 +124,74 @@ def _present(module, record):
 
 
 def _secret(module, record, mine, name, text):
-    params = module.params
-    path = params[name + "_path"]
-    if not path or not text or _is_written(path, text + "\n", (SECRET_MODE, params["uid"], params["gid"])):
+    """Write a secret. If it had another path before, remove the file there, of which nobody would think again."""
+    path, known = module.params[name + "_path"], mine.get(name)
+    if not path or not text:
         return []
-    if not module.check_mode:
-        mine[name] = path
+    text += "\n"
+    owner = (module.params["uid"], module.params["gid"])
+    written = _is_written(path, text, (SECRET_MODE,) + owner)
+    former = mine.setdefault("former", {}).setdefault(name, {})
+    digests = mine.setdefault("sha256", {})
+    if known and known != path:
+        former[known] = digests.get(name)
+    former.pop(path, None)
+    if known or not written:
+        mine[name], digests[name] = path, _digest(text.encode())
+        # First, so that no file is on the disk of which the record does not know.
         record.save()
-        with naming(path), _folder_of(path, make=True) as folder:
-            replace_in(folder, os.path.basename(path), text + "\n", SECRET_MODE, (params["uid"], params["gid"]))
-    return ["wrote " + path]
+    done = []
+    if not written:
+        done.append("wrote " + path)
+        if not module.check_mode:
+            with naming(path), _folder_of(path, make=True) as folder:
+                replace_in(folder, os.path.basename(path), text, SECRET_MODE, owner)
+    for old, digest in former.items():
+        done += _remove_former(module, old, digest, path)
+    former.clear()
+    record.save()
+    return done
+
+
+def _remove_former(module, old, digest, path):
+    """Remove a file of a secret that is now elsewhere, unless it is the same file or someone else's by now.
+
+    digest: of what the kit wrote. Older records have none; there the mode has to do.
+    """
+    try:
+        with _folder_of(old) as folder:
+            handle = open_file(os.path.basename(old), folder)
+            if handle is not None:
+                with os.fdopen(handle, "rb") as file:
+                    mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+                    is_ours = mode == SECRET_MODE if digest is None else _digest(file.read(1 << 20)) == digest
+                if is_ours and _is_same_place(folder, old, path):
+                    return []
+                if is_ours:
+                    if not module.check_mode:
+                        os.unlink(os.path.basename(old), dir_fd=folder)
+                    return ["removed " + old]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        module.warn("{} is left there, and may hold a secret: {}".format(old, error.strerror))
+        return []
+    module.warn("{} is left there: it is no longer the file that the kit wrote".format(old))
+    return []
+
+
+def _is_same_place(folder, old, path):
+    """Return True if a path leads to the file of that folder, as over a link or another mount."""
+    try:
+        with _folder_of(path) as other:
+            same = os.path.samestat(os.fstat(folder), os.fstat(other))
+    except FileNotFoundError:  # in check mode
+        return False
+    return same and os.path.basename(old) == os.path.basename(path)
+
+
+def _digest(content):
+    return hashlib.sha256(content).hexdigest()
 
 
 def _plain_secret(module):
@@ -238,7 +297,8 @@ def _take_back(module, record):
     done = ["forgot the folders of " + module.params["section"]]
     if module.check_mode:
         return done
-    for path in (mine["secret"], mine.get("keys")):
+    former = [path for paths in mine.get("former", {}).values() for path in paths]
+    for path in [mine["secret"], mine.get("keys")] + former:
         if path and _is_removed(os.unlink, path):
             done.append("removed " + path)
     for path in sorted(mine["folders"], key=len, reverse=True):

@@ -84,7 +84,10 @@ def take(connection, file, command):
         return holder(text), ""
     if kind == "held":
         return "", f"An earlier run was cut off before it had ended: {holder(text)}" if text.strip() else ""
-    return "", f"Two operators are not kept apart here: {plain(text if kind == 'without' else answer) or 'no answer'}"
+    why, method = plain(text if kind == "without" else answer) or "no answer", _method(connection)
+    if method not in ("", "sudo"):
+        why = f"become method {method} has no lock; without its password: {why}"
+    return "", f"Two operators are not kept apart here: {why}"
 
 
 def give_back(file):
@@ -152,10 +155,18 @@ def _argv(connection, words):
     return argv[2:] if argv[0] == "sshpass" else argv
 
 
-def _password(connection):
-    """Return the password of the play for sudo, or an empty text. Root holds the lock, so sudo may ask for it."""
+def _method(connection):
+    """Return how the play becomes root, such as sudo or su; an empty text if it logs in as root."""
     become = getattr(connection, "become", None)
-    return str(become.get_option("become_pass") or "") if become else ""
+    return str(become.name).rpartition(".")[2] if become else ""
+
+
+def _password(connection):
+    """Return the password of the play for sudo, or an empty text. Root holds the lock, so sudo may ask for it.
+
+    The password of another method, such as that of root for su, must not reach sudo.
+    """
+    return str(connection.become.get_option("become_pass") or "") if _method(connection) == "sudo" else ""
 
 
 def _answer(argv, password=""):

@@ -28,6 +28,7 @@ def test_the_optimizer_waits_for_the_copy_and_the_host_does_not() -> None:
         step(0.5)
         copy = AdapterCopy(model, optimizer)
         copy.allocate()
+        copy.attach()
         for gradient in (-1.0, 2.0):
             expected = [(each.clone(), optimizer.state[each]["exp_avg"].clone()) for each in parameters]
             torch.cuda.synchronize()

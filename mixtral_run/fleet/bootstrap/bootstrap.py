@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from mixtral_run.config.fields import SETTINGS_ERROR
 from mixtral_run.errors import ConfigError, HostError, MixtralRunError
-from mixtral_run.fleet.bootstrap.host_lock import hold_locks
+from mixtral_run.fleet.bootstrap.host_lock import Held, hold_locks
 from mixtral_run.fleet.bootstrap.progress import FleetProgress, Notice
 from mixtral_run.fleet.bootstrap.view import make_view, summary
 from mixtral_run.fleet.explain.explain import record_failures
@@ -33,8 +33,6 @@ CANCEL_SECONDS = 1.0
 DEFAULT_FORKS = 50
 KEEP_CONNECTION = ("-o", "ControlMaster=auto", "-o", "ControlPersist=300s", "-o", "ServerAliveCountMax=8")
 """The same options as in ansible.cfg for manual plays. They come first: ssh uses the first value of an option."""
-LOCK_HELD = {"mixtral_lock_held": True}
-"""Variable of a play for hosts whose lock this process holds: the play, which could run alone, does not take it."""
 ROLE_OF_SECRETS = "hf_cache"
 RETRY_COMMAND = "mixtral-run bootstrap --retry"
 
@@ -162,12 +160,12 @@ def _set_up(
     remember_hosts(host for host in reachable)
     end, interrupted = None, False
     # --check changes nothing.
-    with hold_locks(ssh, () if request.check else reachable, "mixtral-run bootstrap", request.become_password) as locks:
+    with hold_locks(ssh, () if request.check else reachable, "mixtral-run bootstrap") as locks:
         notices += [progress.unreachable(host.inventory_name, str(each)) for host, each in locks.problems.items()]
         notices += [Notice(host.name, "warning", text) for host, text in locks.notes.items()]
         free = tuple(host for host in reachable if host not in locks.problems)
         if free:
-            running = starter(_play(request, free, ssh))
+            running = starter(_play(request, free, ssh, locks))
             end, interrupted = show_play(running, progress, stream, request.diff, notices)
         for host, each in locks.lost.items():
             progress.lost_lock(host.inventory_name, str(each))
@@ -247,8 +245,8 @@ def _first_contact(ssh: Ssh, host: Host, request: BootstrapRequest, accept_new_k
     return error
 
 
-def _play(request: BootstrapRequest, hosts: tuple[Host, ...], ssh: Ssh) -> Play:
-    variables: dict[str, Any] = dict(LOCK_HELD)
+def _play(request: BootstrapRequest, hosts: tuple[Host, ...], ssh: Ssh, locks: Held) -> Play:
+    variables: dict[str, Any] = dict(locks.variables)
     if request.hf_token_file is not None:
         variables["hf_cache_token_file"] = _absolute(request.hf_token_file)
     if request.store_keys_file is not None:

@@ -19,7 +19,7 @@ from mixtral_run.errors import HostError
 from mixtral_run.fleet.hosts import Host
 from mixtral_run.fleet.plays.provisioning import collection_folder
 from mixtral_run.fleet.ssh.connection import Ssh
-from mixtral_run.fleet.ssh.problems import connection_error, last_line
+from mixtral_run.fleet.ssh.problems import connection_error
 from mixtral_run.fleet.ssh.streams import text_of
 from mixtral_run.fleet.untrusted import one_line, parse_json
 from mixtral_run.run_lock import Holder
@@ -41,34 +41,45 @@ def _script() -> str:
 class Held:
     """The locks of some hosts.
 
-    problems: why a host is not to be set up now. notes: what the user should know of a host, whose lock is held or
-    cannot be. lost: hosts whose lock another operator took in the meantime, after the network had failed.
+    problems: why a host is not to be set up now. notes: what the user should know of a host whose lock is held.
+    locked: the hosts whose lock is held. lost: hosts whose lock another operator took in the meantime, after the
+    network had failed.
     """
 
     problems: dict[Host, HostError] = field(default_factory=dict)
     notes: dict[Host, str] = field(default_factory=dict)
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     lost: dict[Host, HostError] = field(default_factory=dict)
+    locked: list[Host] = field(default_factory=list)
+
+    @property
+    def variables(self) -> dict[str, list[str]]:
+        """Return the variable of a play that names the hosts whose lock this process holds.
+
+        The play takes the locks of all others. It alone knows how Ansible becomes root there, and with which password.
+        """
+        return {"mixtral_locked_hosts": [host.inventory_name for host in self.locked]}
 
 
 @contextlib.contextmanager
-def hold_locks(ssh: Ssh, hosts: Sequence[Host], command: str, password: str | None = None) -> Iterator[Held]:
+def hold_locks(ssh: Ssh, hosts: Sequence[Host], command: str) -> Iterator[Held]:
     """Hold the lock of each host while the block runs.
 
-    command: such as `mixtral-run bootstrap`. password: for sudo, where sudo asks for one, because root holds the lock.
-    A host whose lock another operator holds is in `problems`. One that has no locks is in `notes` and stays unlocked.
+    command: such as `mixtral-run bootstrap`. A host whose lock another operator holds is in `problems`. One whose lock
+    cannot be taken without a password, or at all, is not in `locked`: the play takes it, or warns that it cannot.
     """
     held = Held()
     over = threading.Event()
     note = _note(command)
     mine: dict[int, Host] = {}
-    take = partial(_take, ssh, note=note, password=password)
+    take = partial(_take, ssh, note=note)
     signs = threading.Thread(target=_give_signs, args=(take, held, mine, over), daemon=True)
     try:
         for host, (process, kind, text) in zip(hosts, ssh.each(hosts, take), strict=True):
             held.processes.append(process)
             if kind == "held":
                 mine[len(held.processes) - 1] = host
+                held.locked.append(host)
             _sort(held, host, kind, text)
         signs.start()
         yield held
@@ -86,16 +97,11 @@ def _note(command: str) -> str:
     return json.dumps({**values, "since": holder.since})
 
 
-def _take(ssh: Ssh, host: Host, note: str, password: str | None) -> Taken:
+def _take(ssh: Ssh, host: Host, note: str) -> Taken:
     """Start the process on the host that takes the lock. Return it, the first word of its answer, and the rest."""
     argv = ["sh", "-c", _script(), "lock", note, FOLDER, str(SILENT_SECONDS)]
-    process = ssh.start(host, argv if password is None else [*argv, "password"])
-    assert process.stdin is not None
+    process = ssh.start(host, argv)
     assert process.stdout is not None
-    if password is not None:
-        with contextlib.suppress(OSError):  # the connection failed: its answer says why
-            process.stdin.write(f"{password}\n".encode())
-            process.stdin.flush()
     late = threading.Timer(ANSWER_SECONDS, process.kill)
     late.start()
     try:
@@ -120,11 +126,7 @@ def _sort(held: Held, host: Host, kind: str, text: str) -> None:
         )
     elif kind == "failed":
         held.problems[host] = connection_error(host, text)
-    elif kind == "without":
-        held.notes[host] = f"Two operators are not kept apart here: {one_line(text)}"
-    elif kind == "odd":
-        held.notes[host] = f"Two operators are not kept apart here: {one_line(last_line(text)) or 'no answer'}"
-    elif text.strip():
+    elif kind == "held" and text.strip():
         held.notes[host] = f"An earlier run was cut off before it had ended: {holder_text(text)}"
 
 

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from mixtral_run.config.fields import SETTINGS_ERROR
 from mixtral_run.errors import ConfigError, HostError
-from mixtral_run.fleet.bootstrap.bootstrap import DEFAULT_FORKS, KEEP_CONNECTION, LOCK_HELD, show_play
+from mixtral_run.fleet.bootstrap.bootstrap import DEFAULT_FORKS, KEEP_CONNECTION, show_play
 from mixtral_run.fleet.bootstrap.host_lock import Held, hold_locks
 from mixtral_run.fleet.bootstrap.progress import FleetProgress, HostProgress, Notice, Phase
 from mixtral_run.fleet.bootstrap.view import summary
@@ -134,7 +134,7 @@ def teardown(
         return seen
     if not confirm(f"Take all of this back from {shortened([host.name for host in hosts])}?"):
         return None
-    with hold_locks(ssh, hosts, "mixtral-run teardown", request.become_password) as locks:
+    with hold_locks(ssh, hosts, "mixtral-run teardown") as locks:
         if len(locks.problems) == len(hosts):
             raise HostError("Nothing was changed.", problems=[str(each) for each in locks.problems.values()])
         for host, text in locks.notes.items():
@@ -231,7 +231,7 @@ def _play(
         playbook=playbook("teardown"),
         hosts=hosts,
         inventory=inventory,
-        variables=LOCK_HELD,
+        variables=locks.variables,
         extra_vars=request.extra_vars,
         tags=request.tags,
         check=check,

@@ -18,7 +18,7 @@ from mixtral_run.model.parallel.mesh import Mesh
 WAIT_SECONDS = 0.05
 """Time between two questions whether all ranks are done, while nothing else is to do."""
 SECONDS_AFTER_ERROR = 30.0
-"""Time that a save gets to end after the training has failed. Other ranks may have ended."""
+"""Least time that a save gets to end after the training has failed, and all of it where other ranks may have ended."""
 
 _RUNNING, _OVER, _LATE = 1.0, 2.0, 0.0
 
@@ -78,9 +78,19 @@ class BackgroundTask:
         while not self.is_over():
             self._thread.join(WAIT_SECONDS)
 
-    def join_after_error(self) -> None:
-        """Wait a limited time for this rank's thread, and ignore its error. Rank-local."""
-        self._thread.join(SECONDS_AFTER_ERROR)
+    @property
+    def is_running(self) -> bool:
+        """Return True while this rank's thread runs. Rank-local."""
+        return self._thread.is_alive()
+
+    def join_after_error(self, *, all_ranks_live: bool) -> None:
+        """Wait for this rank's thread after an error of the training, and ignore its own error. Rank-local.
+
+        all_ranks_live: the threads of the other ranks write on, so that the task gets the time that it would have had
+        without the error.
+        """
+        left = self._began + self._limit - time.monotonic() if all_ranks_live else 0.0
+        self._thread.join(max(SECONDS_AFTER_ERROR, left))
 
     def result(self) -> float:
         """Return the seconds that the task took on this rank, or raise its error. Call after `is_over` is True."""

@@ -7,6 +7,8 @@ takes milliseconds, too.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import threading
 from abc import ABC, abstractmethod
@@ -22,6 +24,7 @@ from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.megatron import is_main_replica
 from mixtral_run.planner.memory_model import USABLE_OF_HOST
 from mixtral_run.run_lock import boot_id
+from mixtral_run.terminal.report import Report
 from mixtral_run.train.checkpoints.adapter_shards import MOMENTS, ParameterState, live_states, shards_of
 from mixtral_run.weights.io.disk import available_bytes
 
@@ -41,6 +44,8 @@ class HostCopy(ABC):
     Attributes:
         num_bytes: of all buffers; known before `allocate`.
         states: the state of each parameter, in the buffers; after `allocate`.
+
+    `allocate` takes the memory, `attach` makes the copy ready for use. Between them the ranks agree that all have it.
     """
 
     def __init__(self, device: torch.device, optimizer: HookedOptimizer, num_bytes: int) -> None:
@@ -48,11 +53,13 @@ class HostCopy(ABC):
         self.states: list[ParameterState] = []
         self._device, self._hooked = device, optimizer
         self._ready: torch.cuda.Event | None = None
+        self._buffers: list[Tensor] = []
 
-    def allocate(self) -> None:
-        """Take the memory. From now on the optimizer waits for a copy that has begun before it changes anything."""
-        self._allocate()
+    def attach(self) -> None:
+        """Pin the memory. From now on the optimizer waits for a copy that has begun before it changes anything."""
         if self._device.type == "cuda":
+            for each in self._buffers:
+                pin(each)
             self._stream = torch.cuda.Stream(self._device)
             self._copied = torch.cuda.Event()
             self._launched = threading.Event()
@@ -60,8 +67,16 @@ class HostCopy(ABC):
             self._hooked.register_step_pre_hook(lambda *_: self._hold_optimizer())
 
     @abstractmethod
-    def _allocate(self) -> None:
-        """Take the memory, and fill `states`."""
+    def allocate(self) -> None:
+        """Take the memory, and fill `states`. Raises MemoryError or RuntimeError if the system has not enough."""
+
+    def _buffer(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Return zeros in host memory, which `attach` pins.
+
+        The zeros are written: the system gives memory only then, and a step would wait for it.
+        """
+        self._buffers.append(torch.zeros(shape, dtype=dtype))
+        return self._buffers[-1]
 
     @abstractmethod
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -126,8 +141,9 @@ class AdapterCopy(HostCopy):
         num_bytes = sum(size * count for size, count in zip(self._sizes, self._counts, strict=True))
         super().__init__(model.mesh.device, optimizer, num_bytes)
 
-    def _allocate(self) -> None:
-        memory = host_buffer(torch.Size([self.num_bytes]), torch.uint8, self._device)
+    def allocate(self) -> None:
+        """Take the memory in one block, and fill `states`."""
+        memory = self._buffer(torch.Size([self.num_bytes]), torch.uint8)
         at = 0
         for state, size, count in zip(self._live, self._sizes, self._counts, strict=True):
             buffers = [_like(state.parameter, memory[at + n * size : at + (n + 1) * size]) for n in range(count)]
@@ -161,17 +177,6 @@ def fits_on_hosts(num_bytes: int) -> bool:
     return all(not free[host] or needed[host] <= USABLE_OF_HOST * free[host] for host in needed)
 
 
-def host_buffer(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return zeros in host memory, pinned if the device that they are copied from is a GPU.
-
-    The zeros are written: the system gives memory only then, and a step would wait for it.
-    """
-    memory = torch.zeros(shape, dtype=dtype)
-    if device.type == "cuda":
-        pin(memory)
-    return memory
-
-
 def _holds_any(state: ParameterState, shards: Sequence[Any]) -> bool:
     """Return True if one of the shards is a part of the parameter."""
     start, end = state.parameter.data_ptr(), state.parameter.data_ptr() + state.parameter.nbytes
@@ -187,7 +192,29 @@ def _like(parameter: Tensor, memory: Tensor) -> Tensor:
 def pin(memory: Tensor) -> None:
     """Pin memory in its exact size; torch's allocator would round it up to a power of two.
 
-    Memory that cannot be pinned works as well, with a slower copy.
+    Memory that cannot be pinned works as well, with a slower copy; the first time is reported.
     """
-    if memory.numel():
-        torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+    if not memory.numel():
+        return
+    code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+    if code != 0:
+        _clear_cuda_error()
+        _warn_unpinned(code)
+
+
+def _clear_cuda_error() -> None:
+    """Take back the error that the CUDA runtime keeps of this thread's last call.
+
+    The next launch of a kernel would raise it as its own. torch's check after a launch both raises and clears it.
+    """
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device="cuda")
+
+
+@functools.cache
+def _warn_unpinned(code: int) -> None:
+    """Report once in this process that memory could not be pinned. code: of the CUDA runtime's error."""
+    Report.on_stderr().warn(
+        f"Rank {os.environ.get('RANK', '0')} cannot pin host memory (CUDA error {code}): its copies between host and "
+        "GPU are slower. The memory limit of the container and ulimit -l say how much may be pinned"
+    )

@@ -57,7 +57,7 @@ def weight_size(config: PretrainConfig, base: BaseDescription) -> int:
 
 
 def full_checkpoint_bytes(config: PretrainConfig, base: BaseDescription, start: int) -> int:
-    """Return the bytes of the checkpoints to come. start: the iteration after which the run continues."""
+    """Return the bytes of the checkpoints that are there at once. start: as in `num_checkpoints`."""
     each = base.architecture.num_parameters * (weight_size(config, base) + STATE_BYTES)
     return each * num_checkpoints(config, start)
 

@@ -23,11 +23,12 @@ from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.results.run_files import GROWING, METRICS, ROUTER
 from mixtral_run.run_lock import one_run
 from mixtral_run.terminal.report import Report
-from mixtral_run.weights.io.atomic_folder import GIB, free_bytes
+from mixtral_run.weights.io.atomic_folder import GIB, allocated_bytes, free_bytes
 from mixtral_run.weights.io.files import write_atomically
 from mixtral_run.weights.manifest.checkpoint_folder import iteration_of, kept_iterations, newest_iteration
 from mixtral_run.weights.manifest.manifest import IterationManifest, read_checkpoint_manifest
 from mixtral_run.weights.manifest.run_state import FilePrefix
+from mixtral_run.weights.store.local import is_output_copy
 
 PARTIAL = ".iter_*.partial"
 """Folders of checkpoints that are not complete yet, or not any more."""
@@ -103,8 +104,38 @@ def num_checkpoints(config: RunConfig, start: int) -> int:
 
     start: the iteration after which the run continues. A new checkpoint is complete before an old one is removed.
     """
-    written = config.iterations // config.save_interval - start // config.save_interval + 1
-    return written if config.keep_last is None else min(written, config.keep_last + config.keep_best + 1)
+    most = _most_at_once(config)
+    return _num_written(config, start) if most is None else min(_num_written(config, start), most)
+
+
+def additional_bytes(config: RunConfig, start: int, checkpoint_bytes: int) -> int:
+    """Return the free bytes that the run needs on its disk. start: as in `num_checkpoints`.
+
+    Checkpoints that are there count among those that --keep-last keeps, and give way to new ones. What an interrupted
+    save left is removed before the first new one.
+
+    checkpoint_bytes: of one checkpoint.
+    """
+    written, most = _num_written(config, start), _most_at_once(config)
+    if most is not None:
+        num_there = len(_checkpoints_up_to(config.folder, start))
+        # A new one is complete before the first is removed, however many are there.
+        written = max(1, min(written, most - num_there))
+    return max(0, written * checkpoint_bytes - sum(map(allocated_bytes, config.folder.glob(PARTIAL))))
+
+
+def _num_written(config: RunConfig, start: int) -> int:
+    return config.iterations // config.save_interval - start // config.save_interval + 1
+
+
+def _most_at_once(config: RunConfig) -> int | None:
+    """Return the most checkpoints on the disk at once; None without --keep-last.
+
+    Those that stay and the one that is being written. One that is being copied to a store stays until it is there.
+    """
+    if config.keep_last is None:
+        return None
+    return config.keep_last + config.keep_best + 1 + is_output_copy(config.folder)
 
 
 def saves_before_the_end(config: RunConfig, start: int) -> bool:
@@ -117,6 +148,8 @@ def report_disk_use(config: RunConfig, num_bytes: int, report: Report) -> None:
     """Report what the checkpoints of the run take. num_bytes: of all that are on the disk at once."""
     kept = "none is removed" if config.keep_last is None else f"kept: the newest {config.keep_last}"
     best = ", and the best" if config.keep_best else ""
+    if config.keep_last is not None and is_output_copy(config.folder):
+        best += "; one more while it is copied to the store"
     report.say(
         f"Checkpoints take up to {num_bytes / GIB:,.2f} GiB in {config.folder} ({kept}{best}); "
         f"{free_bytes(config.folder.absolute()) / GIB:,.2f} GiB are free"
@@ -131,27 +164,34 @@ def remove_old_checkpoints(save: Path, keep_last: int | None, keep_best: bool) -
     if keep_last is None:
         return []
     newest = iteration_of(newest_iteration(save))
-    found = {iteration_of(each): each for each in save.glob("iter_*") if iteration_of(each) <= newest}
-    losses = {}
-    for iteration, folder in list(found.items()):
-        try:
-            manifest = read_checkpoint_manifest(folder)
-        except WeightsError:
-            manifest = None
-        if isinstance(manifest, IterationManifest):
-            losses[iteration] = manifest.state.validation_loss
-        else:
-            del found[iteration]  # not a checkpoint of this kit, or a damaged one: left to the user
+    found = _checkpoints_up_to(save, newest)
+    losses = {iteration: manifest.state.validation_loss for iteration, (_, manifest) in found.items()}
     kept = kept_iterations(losses, keep_last, keep_best=keep_best)
     removed = []
     for iteration in sorted(set(found) - kept):
         # Renamed first: a folder of which a part is gone must not have the name of a checkpoint.
-        leaving = save / f".{found[iteration].name}.partial"
+        folder, _ = found[iteration]
+        leaving = save / f".{folder.name}.partial"
         shutil.rmtree(leaving, ignore_errors=True)
-        found[iteration].rename(leaving)
+        folder.rename(leaving)
         shutil.rmtree(leaving, ignore_errors=True)
-        removed.append(found[iteration])
+        removed.append(folder)
     return removed
+
+
+def _checkpoints_up_to(save: Path, newest: int) -> dict[int, tuple[Path, IterationManifest]]:
+    """Return the checkpoints of a run up to an iteration, each with its manifest.
+
+    What is not a checkpoint of this kit, or a damaged one, is left out: it is left to the user.
+    """
+    found: dict[int, tuple[Path, IterationManifest]] = {}
+    for folder in save.glob("iter_*"):
+        if iteration_of(folder) <= newest:
+            with contextlib.suppress(WeightsError):
+                manifest = read_checkpoint_manifest(folder)
+                if isinstance(manifest, IterationManifest):
+                    found[iteration_of(folder)] = folder, manifest
+    return found
 
 
 def remove_partial_checkpoints(save: Path) -> None:

@@ -78,6 +78,7 @@ class Saver(ABC):
     Attributes:
         WHAT: what is saved, for messages.
         KIND: of the manifest.
+        copy_problem: why the copy of a save in the background could not be allocated, if it was tried.
     """
 
     WHAT: ClassVar[str]
@@ -89,6 +90,7 @@ class Saver(ABC):
         """
         self._model, self._folder, self._timeout = model, folder, timeout_minutes
         self._copy: HostCopy | None = None
+        self.copy_problem: str | None = None
         self._writer: FileWriter | None = None
         self._group: dist.ProcessGroup | None = None
         self._pending: BackgroundTask | None = None
@@ -98,8 +100,16 @@ class Saver(ABC):
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         # Without one of the ranks no save can be completed, and the job is to end at once.
-        if self._pending is not None and not (error is not None and is_consequence(error)):
-            self._pending.join_after_error()
+        if self._pending is not None and self.waits_after(error):
+            # A rank that fails on its own takes its peers down only when it ends: until then they write their parts.
+            # Errors of collectives mean that a peer may be gone already, and an interrupt that the user waits.
+            all_live = not isinstance(error, dist.DistError) and (error is None or isinstance(error, Exception))
+            self._pending.join_after_error(all_ranks_live=all_live)
+
+    def waits_after(self, error: BaseException | None) -> bool:
+        """Return True if the end of this context waits for a save in the background. error: of the training."""
+        is_running = self._pending is not None and self._pending.is_running
+        return is_running and not (error is not None and is_consequence(error))
 
     @abstractmethod
     def _new_copy(self) -> HostCopy:
@@ -126,13 +136,16 @@ class Saver(ABC):
     def prepare_background(self) -> int:
         """Allocate the copy in host memory and plan the files, if each host has enough memory.
 
-        Returns the bytes of all ranks' copies.
+        If one rank cannot allocate its copy, none has one. Returns the bytes of all ranks' copies.
         """
         copy = self._new_copy()
         total = torch.tensor(float(copy.num_bytes), dtype=torch.float64)
         dist.all_reduce(total)
-        if fits_on_hosts(copy.num_bytes):
-            copy.allocate()
+        if not fits_on_hosts(copy.num_bytes):
+            return int(total)
+        self.copy_problem = _allocate_everywhere(copy)
+        if self.copy_problem is None:
+            copy.attach()
             self._copy, self._writer = copy, self._writer_of(copy.states, copy)
             self._timeout += float(total) / SLOWEST_BYTES_A_SECOND / 60
             self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=self._timeout))
@@ -239,6 +252,18 @@ class AdapterSaver(Saver):
     def _writer_of(self, states: list[ParameterState], copy: HostCopy | None) -> FileWriter:
         del copy
         return AdapterWriter(adapter_shards(self._model, states))
+
+
+def _allocate_everywhere(copy: HostCopy) -> str | None:
+    """Allocate the copies of all ranks. Return None, or which ranks have no memory for theirs. All ranks must call."""
+    problem = None
+    try:
+        copy.allocate()
+    except (MemoryError, RuntimeError) as error:
+        problem = (str(error) or type(error).__name__).splitlines()[0]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, problem)
+    return "; ".join(f"rank {rank}: {each}" for rank, each in enumerate(found) if each is not None) or None
 
 
 def begin(target: SaveTarget, tokenizer: Path | None) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.train.checkpoints.adapter_shards import ParameterState
-from mixtral_run.train.checkpoints.host_copy import HostCopy, host_buffer
+from mixtral_run.train.checkpoints.host_copy import HostCopy
 from mixtral_run.train.full.chunks import Chunk, state_chunks, weight_chunks
 from mixtral_run.train.full.sharded_adamw import ShardedAdamW
 from mixtral_run.train.full.state_slice import StateSlice
@@ -32,7 +32,8 @@ class FullCopy(HostCopy):
         held += [state for each in self._slices for state in each.states.values()]
         super().__init__(model.mesh.device, optimizer, sum(each.nbytes for each in held))
 
-    def _allocate(self) -> None:
+    def allocate(self) -> None:
+        """Take the memory, and fill `states` and `chunks`."""
         weights = [
             dataclasses.replace(each, target=dataclasses.replace(each.target, data=self._like(each.target.data)))
             for each in self._weights
@@ -47,7 +48,7 @@ class FullCopy(HostCopy):
         self.chunks = [*weights, *state_chunks(self._model, slices)]
 
     def _like(self, tensor: Tensor) -> Tensor:
-        return host_buffer(tensor.shape, tensor.dtype, self._device)
+        return self._buffer(tensor.shape, tensor.dtype)
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         # As many chunks of weights come first.

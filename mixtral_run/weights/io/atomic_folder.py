@@ -90,8 +90,8 @@ def disk_problems(output: Path, needed: int) -> list[str]:
     """
     if writing_problems(output, ""):
         return []
-    free = free_bytes(output.absolute()) + _allocated_bytes(work_folder(output))
-    free += sum(_allocated_bytes(output / name) for name in _being_moved(output))
+    free = free_bytes(output.absolute()) + allocated_bytes(work_folder(output))
+    free += sum(allocated_bytes(output / name) for name in _being_moved(output))
     if free >= needed:
         return []
     return [
@@ -100,7 +100,7 @@ def disk_problems(output: Path, needed: int) -> list[str]:
     ]
 
 
-def _allocated_bytes(folder: Path) -> int:
+def allocated_bytes(folder: Path) -> int:
     """Return the bytes that a folder takes on the disk; an unfinished run's work folder is reused or removed."""
     return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
 

@@ -7,10 +7,11 @@ import errno
 import os
 from pathlib import Path
 
+from mixtral_run.weights.io.cgroup import free_in_cgroups
+
 C_LIBRARY = ctypes.CDLL(None, use_errno=True)
 _MEMORY = Path("/proc/meminfo")
 _MOUNTS = Path("/proc/self/mountinfo")
-_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 _KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE, linux/falloc.h
@@ -74,17 +75,13 @@ def fits_in_memory(num_bytes: int) -> bool:
 
 
 def available_bytes() -> int:
-    """Return the available bytes of RAM, within this container's limit; 0 if neither can be read."""
-    found = [_limit(path) for path in _CGROUP_LIMITS]
+    """Return the available bytes of RAM, within the limits of this process's control groups; 0 if unknown.
+
+    What the groups use already is not available. At least 1 where it is known: a full group is no unknown one.
+    """
+    found = [free_in_cgroups()]
     if _MEMORY.is_file():
         lines = _MEMORY.read_text().splitlines()
         found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    return min((each for each in found if each is not None), default=0)
-
-
-def _limit(path: Path) -> int | None:
-    try:
-        text = path.read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
+    known = [each for each in found if each is not None]
+    return max(1, min(known)) if known else 0

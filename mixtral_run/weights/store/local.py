@@ -11,6 +11,8 @@ from mixtral_run.run_lock import LOCK_NAME
 from mixtral_run.weights.store.folder import hf_home
 
 VARIABLE = "MIXTRAL_RUN_STORE_CACHE"
+OUTPUTS = "outputs"
+"""Folder of the copies of what this machine writes."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,12 @@ def cache_root() -> Path:
     return Path(given).expanduser().absolute() if given else hf_home().absolute() / "mixtral-run-stores"
 
 
+def is_output_copy(folder: Path) -> bool:
+    """Return True if what is written into a folder is copied to a store, as of --save s3://…."""
+    return folder.absolute().parent.parent == cache_root() / OUTPUTS
+
+
 def local_copy(url: str, kind: str) -> LocalCopy:
-    """Return the place of a copy. kind: inputs or outputs, which never share files."""
+    """Return the place of a copy. kind: inputs or OUTPUTS, which never share files."""
     name = url.rpartition("/")[2]
     return LocalCopy(cache_root() / kind / f"{name}-{zlib.crc32(url.encode()):08x}" / name)

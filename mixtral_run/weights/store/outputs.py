@@ -21,7 +21,7 @@ from mixtral_run.weights.io.atomic_folder import GIB
 from mixtral_run.weights.io.files import write_atomically
 from mixtral_run.weights.store.folder import StoreFolder, open_store
 from mixtral_run.weights.store.journal import Journal, send_missing
-from mixtral_run.weights.store.local import VARIABLE, LocalCopy, local_copy
+from mixtral_run.weights.store.local import OUTPUTS, VARIABLE, LocalCopy, local_copy
 from mixtral_run.weights.store.marker import MARKER, Marker
 from mixtral_run.weights.store.problems import store_error
 from mixtral_run.weights.store.run_mirror import AbandonedError, Retention, RunMirror
@@ -37,7 +37,7 @@ SecondsLeft = Callable[[], float | None]
 
 def folder_of(url: str) -> Path:
     """Return the folder of this machine in which an output is made."""
-    return local_copy(url, "outputs").folder
+    return local_copy(url, OUTPUTS).folder
 
 
 def _check_access(store: StoreFolder, what: str) -> None:
@@ -58,7 +58,7 @@ def run_output(
     With --resume the newest complete iteration of the store is brought here first, if this machine has none that is as
     new. Raises ConfigError if the store's folder is not empty without --resume, or as `store_error` does.
     """
-    store, local = open_store(url), local_copy(url, "outputs")
+    store, local = open_store(url), local_copy(url, OUTPUTS)
     what = f"--save {url} cannot be used."
     with one_run(local.lock, "mixtral-run, which copies to a store", Path(url)):
         _check_access(store, what)
@@ -88,7 +88,7 @@ def wait_for_first_process(url: str) -> None:
 
     If that process fails, torchrun ends this one. Raises ConfigError if this host does not see that it has begun.
     """
-    local = local_copy(url, "outputs")
+    local = local_copy(url, OUTPUTS)
     until = time.monotonic() + _START_SECONDS
     while not _names_this_job(local.ready):
         if _names_this_job(_begun(local)):
@@ -109,7 +109,7 @@ def wait_for_first_process(url: str) -> None:
 @contextmanager
 def begun_here(url: str) -> Iterator[None]:
     """Show the other processes of this job, while the block runs or until the folder is ready, that the first works."""
-    file = _begun(local_copy(url, "outputs"))
+    file = _begun(local_copy(url, OUTPUTS))
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, _this_job())
     try:
@@ -144,7 +144,7 @@ def folder_output(
     Yields None in place of it if an earlier command with the same settings has made the output and could not copy all
     of it: then the rest is copied at once, and there is nothing to do. Raises as `run_output` does.
     """
-    store, local = open_store(url), local_copy(url, "outputs")
+    store, local = open_store(url), local_copy(url, OUTPUTS)
     what = f"--output-path {url} cannot be used."
     text = json.dumps(dict(settings), sort_keys=True)
     with one_run(local.lock, "mixtral-run, which copies to a store", Path(url)):

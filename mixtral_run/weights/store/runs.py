@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -9,13 +10,14 @@ from pathlib import Path, PurePosixPath
 from mixtral_run.errors import WeightsError
 from mixtral_run.results.run_files import ALL_FILES, TENSORBOARD, WANDB
 from mixtral_run.terminal.report import Report
+from mixtral_run.weights.io.atomic_folder import GIB
 from mixtral_run.weights.io.files import write_atomically
 from mixtral_run.weights.manifest.adapter_files import TOKENIZER, file_problems
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST, iteration_of
 from mixtral_run.weights.manifest.manifest import read_iteration_manifest
 from mixtral_run.weights.store.folder import StoredObject, StoreFolder
 from mixtral_run.weights.store.marker import MARKER, Marker, is_safe_name
-from mixtral_run.weights.store.transfer import check_space, receive, receive_all
+from mixtral_run.weights.store.transfer import PARTIAL, check_space, receive, receive_all
 
 RUN_FILES = tuple(name for name in ALL_FILES if name not in (WANDB, TENSORBOARD))
 
@@ -61,18 +63,21 @@ def bring_back(
     """Copy the newest complete iteration of a run here, if this machine has none that is as new.
 
     An iteration that turns out to be damaged in the store is removed from `complete`, reported, and the one before it
-    is taken.
+    is taken. A copy that was cut off continues; those of other iterations are removed, as they take space.
     """
     here = newest_sound(folder)
     for iteration in sorted(complete, reverse=True):
         if iteration <= here:
             return
         name, marker = f"iter_{iteration:07d}", complete[iteration]
-        check_space(folder, sum(each.size for each in marker.files.values()), store.url)
         partial = folder / f".{name}.partial"
+        own = {file: each for file, each in marker.files.items() if file.startswith(f"{name}/")}
+        num_there = _continue_with(partial, {file.removeprefix(f"{name}/"): each.size for file, each in own.items()})
+        check_space(folder, sum(each.size for each in marker.files.values()) - num_there, store.url)
         try:
             report.say(f"Copying {store.url}/{name} to {folder} …")
-            own = {file: each for file, each in marker.files.items() if file.startswith(f"{name}/")}
+            if num_there:
+                report.say(f"  {num_there / GIB:,.2f} GiB of it are there already")
             for file, each in own.items():
                 receive(store, file, partial / file.removeprefix(f"{name}/"), each)
             rest = {file: each for file, each in marker.files.items() if file.startswith(f"{TOKENIZER}/")}
@@ -85,6 +90,31 @@ def bring_back(
         _take(folder, name, partial, iteration, report)
         _bring_run_files(store, objects, folder)
         return
+
+
+def _continue_with(partial: Path, sizes: Mapping[str, int]) -> int:
+    """Return the bytes of a copy that was cut off, and remove all else that is partial. sizes: of its files by name."""
+    for other in {*partial.parent.glob(".iter_*.partial")} - {partial}:
+        shutil.rmtree(other, ignore_errors=True)
+    # A save that was cut off has the same name, and perhaps files of another number of processes.
+    for file in partial.glob("*"):
+        if file.name.removesuffix(PARTIAL) not in sizes:
+            file.unlink()
+    return sum(_continued(partial / name, size) for name, size in sizes.items())
+
+
+def _continued(file: Path, size: int) -> int:
+    """Return the bytes of a file that an earlier copy left, and let `receive` continue with them.
+
+    A file that is complete gets the name of a part again: `receive` then compares its checksum and asks for nothing.
+    """
+    part = file.with_name(file.name + PARTIAL)
+    with contextlib.suppress(FileNotFoundError):
+        file.replace(part)
+    with contextlib.suppress(FileNotFoundError):
+        found = part.stat().st_size
+        return found if found <= size else 0
+    return 0
 
 
 def _take(folder: Path, name: str, partial: Path, iteration: int, report: Report) -> None:

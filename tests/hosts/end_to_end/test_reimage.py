@@ -71,9 +71,8 @@ def losses(host: targets.Host, save: str) -> list[float]:
 def wait_for_iteration(host: targets.Host, number: int) -> None:
     """Wait until the job has come so far, and has saved. The host itself looks: a call of the engine costs more."""
     script = f"""
-        cd {DATA}/survivor
         for attempt in $(seq 1500); do
-            [ -s latest_checkpointed_iteration.txt ] && last=$(tail -n 1 metrics.jsonl) &&
+            cd {DATA}/survivor && [ -s latest_checkpointed_iteration.txt ] && last=$(tail -n 1 metrics.jsonl) &&
                 [ "$(expr "$last" : '.*"iteration": \\([0-9]*\\)')" -ge {number} ] && exit
             sleep 0.2
         done 2>/dev/null

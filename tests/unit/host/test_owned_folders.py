@@ -61,6 +61,68 @@ def test_the_keys_of_a_store_are_kept_as_the_token_and_go_with_it(settings: dict
     assert f"removed {keys}" in call_module(MODULE, **given, state="absent")["done"] and not keys.exists()
 
 
+def _moved(settings: dict, tmp_path: Path) -> dict:
+    """Return the settings after hf_cache_home was changed."""
+    home = tmp_path / "elsewhere"
+    paths = {"secret_path": str(home / "token"), "keys_path": str(home / "store-credentials")}
+    return {**settings, "paths": [str(home)], "keys": KEYS, **paths}
+
+
+def _kill_at(function: str, settings: dict) -> None:
+    def end(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(MODULE, function, end)
+        call_module(MODULE, **settings)
+
+
+@pytest.mark.parametrize("record", ["", "older", "killed"])
+def test_a_secret_does_not_stay_where_the_cache_was_before(settings: dict, tmp_path: Path, record: str) -> None:
+    token, keys = Path(settings["secret_path"]), Path(settings["secret_path"]).with_name("store-credentials")
+    given = {**settings, "keys_path": str(keys), "keys": KEYS}
+    call_module(MODULE, **given)
+    moved = _moved(settings, tmp_path)
+    if record == "older":
+        values = json.loads((tmp_path / "records/folders.json").read_text())
+        del values["hf_cache"]["sha256"], values["hf_cache"]["former"]
+        (tmp_path / "records/folders.json").write_text(json.dumps(values))
+    elif record == "killed":
+        _kill_at("replace_in", moved)
+    # Without the secret, nothing takes the place of the file that is there.
+    call_module(MODULE, **{**moved, "secret": "", "keys": ""})
+    assert token.exists() and keys.exists()
+    expected = [f"removed {token}", f"removed {keys}"]
+    assert [each for each in call_module(MODULE, **moved, check_mode=True)["done"] if "removed" in each] == expected
+    assert token.exists() and keys.exists()
+    assert [each for each in call_module(MODULE, **moved)["done"] if "removed" in each] == expected
+    assert not token.exists() and not keys.exists() and Path(moved["secret_path"]).read_text() == "hf_secret\n"
+    assert not call_module(MODULE, **moved)["changed"]
+    call_module(MODULE, **moved, state="absent")
+    assert not Path(moved["secret_path"]).parent.exists() and not token.parent.exists()
+
+
+def test_a_former_secret_that_is_the_new_one_or_a_users_stays(settings: dict, tmp_path: Path) -> None:
+    token, moved = Path(settings["secret_path"]), _moved(settings, tmp_path)
+    call_module(MODULE, **settings)
+    (tmp_path / "elsewhere").symlink_to(token.parent)
+    assert call_module(MODULE, **moved)["done"] == [f"wrote {moved['keys_path']}"]
+    assert token.read_text() == "hf_secret\n"
+    call_module(MODULE, **settings)
+    (tmp_path / "elsewhere").unlink()
+    token.write_text("hf_mine\n")
+    assert f"removed {token}" not in call_module(MODULE, **moved)["done"] and token.read_text() == "hf_mine\n"
+
+
+def test_teardown_after_a_killed_run_removes_both(settings: dict, tmp_path: Path) -> None:
+    call_module(MODULE, **settings)
+    moved = _moved(settings, tmp_path)
+    _kill_at("_remove_former", moved)
+    assert Path(settings["secret_path"]).exists() and Path(moved["secret_path"]).exists()
+    call_module(MODULE, **moved, state="absent")
+    assert not Path(settings["secret_path"]).exists() and not Path(moved["secret_path"]).exists()
+
+
 def test_a_folder_that_was_there_gets_its_owner_and_mode_back_and_the_kits_own_goes(settings: dict) -> None:
     there = Path(settings["paths"][1])
     there.mkdir(mode=0o750)
@@ -206,3 +268,16 @@ def test_what_a_failing_python_prints_of_its_input_reaches_no_log(
     assert sent["keys"] == KEYS
     assert not [word for word in ("hf_printedBack", "AKIDNOBODY", "neverShown") if word in str(answer)]
     assert answer["module_stderr"] == "no zip" and '"section": "x"' in answer["module_stdout"]
+
+
+def test_only_secrets_of_the_keys_are_hidden() -> None:
+    plugin = load_action("owned_folders")
+    text = (
+        "# keys of ops, until May\n; more\n[default]\naws_access_key_id: AKIDNOBODY\naws_secret_access_key : S3=:crt\n"
+        "aws_session_token=short\nregion = eu\nretries = 1\ns3 =\n    style = path\nnone:longEnoughValue\n"
+        "neverShownLine\nodd\n"
+    )
+    secrets = ["AKIDNOBODY", "S3=:crt", "short", "longEnoughValue", "neverShownLine"]
+    assert plugin._parts(text) == secrets
+    message = "1 file of keys of ops; region eu; style path; odd"
+    assert plugin._without({"msg": message, "rc": 1}, secrets) == {"msg": message, "rc": 1}

@@ -101,6 +101,44 @@ def test_nobody_but_the_owner_can_open_the_lock(lock, tmp_path):
         assert taken(lock, folder) == "busy"
 
 
+def test_an_older_version_of_the_kit_is_kept_away_and_keeps_away(lock, tmp_path):
+    old = tmp_path / "mixtral-run-setup.lock"
+    assert taken(lock, tmp_path) == "held" and not old.exists(), "nothing is made where any user can write"
+    old.write_text("their note")
+    with old.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert taken(lock, tmp_path) == "busy their note"
+        assert (tmp_path / "setup.lock").read_text() == ""
+    script = ["sh", "-c", lock.SCRIPT.read_text(), "lock", "me", str(tmp_path), "60"]
+    with subprocess.Popen(script, stdin=-1, stdout=-1) as holder, old.open() as other:
+        assert holder.stdout.readline() == b"held \n"
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        holder.stdin.close()
+    assert old.read_text() == "their note"
+    # A link could lead root to a file of its own, and a pipe would stop it.
+    for make in (lambda: old.symlink_to(tmp_path / "victim"), lambda: os.mkfifo(old)):
+        old.unlink()
+        make()
+        assert taken(lock, tmp_path) == "held" and not (tmp_path / "victim").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can start a process of another user")
+def test_a_user_who_cannot_change_the_host_keeps_nobody_away(lock, tmp_path):
+    old = tmp_path / "mixtral-run-setup.lock"
+    old.touch()
+    with old.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        stranger = subprocess.Popen(
+            ["cat"], stdin=-1, pass_fds=[held.fileno()], user=65534, group=65534, extra_groups=()
+        )
+    try:
+        assert taken(lock, tmp_path) == "held"
+    finally:
+        stranger.communicate()
+    assert stranger.returncode == 0
+
+
 @pytest.mark.parametrize("kind", ["link of the folder", "open folder", "foreign folder", "link", "folder", "foreign"])
 def test_a_lock_that_others_can_replace_is_refused(lock, tmp_path, kind):
     folder, victim = tmp_path / "run", tmp_path / "victim"
@@ -123,9 +161,14 @@ def test_a_lock_that_others_can_replace_is_refused(lock, tmp_path, kind):
 
 
 SUDO = """#!/bin/sh
-# STAND-IN for sudo that knows one password
-[ "$1" = -S ] && IFS= read -r word && [ "$word" = "se cret" ] || exit 1
-shift 3; exec env ROOT=yes "$@"
+# STAND-IN for sudo that knows one password, asks no more after it unless -k is given, and records input as log_input
+here=${0%/*} ask= read=
+while case $1 in -k) ask=yes ;; -n) ;; -S) read=yes ;; -p) shift ;; *) false ;; esac; do shift; done
+if [ -n "$ask" ] || [ ! -e "$here/ticket" ]; then
+    [ -n "$read" ] && IFS= read -r word && [ "$word" = "se cret" ] || exit 1
+    [ -n "$ask" ] || : >"$here/ticket"
+fi
+tee -a "$here/log" | "$@"
 """
 ID = "#!/bin/sh\n# STAND-IN\n[ $1 = -un ] && echo ops || echo 4321\n"
 
@@ -139,7 +182,13 @@ def test_root_takes_it_for_a_user_whose_sudo_asks_for_a_password(lock, tmp_path)
     assert taken(lock, folder, path=path) == without
     assert taken(lock, folder, lines="se cret\n", path=path) == without, "a line that nobody announced is no password"
     assert taken(lock, folder, "password", lines="wrong\n", path=path) == without and not folder.exists()
-    assert taken(lock, folder, "password", lines="se cret\n", path=path) == "held" and folder.exists()
+    assert taken(lock, folder, "password", lines="se cret\n..", path=path) == "held" and folder.exists()
+    # What sudo does not read as a password is the input of root's command, which the host may record.
+    assert (tmp_path / "log").read_text() == ".."
+    (tmp_path / "ticket").touch()
+    (tmp_path / "log").write_text("")
+    assert taken(lock, folder, "password", lines="se cret\n..", path=path) == "held"
+    assert "cret" not in (tmp_path / "log").read_text()
 
 
 def test_the_password_of_the_play_goes_to_the_holder_and_into_no_list_of_processes(lock, tmp_path, monkeypatch):
@@ -150,9 +199,25 @@ def test_the_password_of_the_play_goes_to_the_holder_and_into_no_list_of_process
     )
     monkeypatch.setattr(lock, "SCRIPT", script)
     monkeypatch.setattr(lock, "FOLDER", str(tmp_path))
-    become = SimpleNamespace(get_option={"become_pass": "s3cret-of-ann"}.get)
+    become = SimpleNamespace(name="ansible.builtin.sudo", get_option={"become_pass": "s3cret-of-ann"}.get)
     assert lock.take(SimpleNamespace(transport="local", become=become), tmp_path / "file", "x") == ("", "")
     lock.give_back(tmp_path / "file")
     assert (tmp_path / "got").read_text() == "password s3cret-of-ann"
     shown = (tmp_path / "shown").read_bytes()
     assert b"keeper" in shown and b"s3cret-of-ann" not in shown
+
+
+@pytest.mark.parametrize("method", ["su", "community.general.run0"])
+def test_the_password_of_another_method_does_not_go_to_sudo(lock, tmp_path, monkeypatch, method):
+    """With `su` it is root's password, which sudo would take for a wrong one of the login user."""
+    script = tmp_path / "script.sh"
+    script.write_text('IFS= read -r line; printf "%s %s" "$4" "$line" >"$2/got"; echo without sudo asks ops\n')
+    monkeypatch.setattr(lock, "SCRIPT", script)
+    monkeypatch.setattr(lock, "FOLDER", str(tmp_path))
+    become = SimpleNamespace(name=method, get_option={"become_pass": "root5"}.get)
+    assert lock.take(SimpleNamespace(transport="local", become=become), tmp_path / "file", "x") == (
+        "",
+        f"Two operators are not kept apart here: become method {method.rpartition('.')[2]} has no lock; "
+        "without its password: sudo asks ops",
+    )
+    assert "root5" not in (tmp_path / "got").read_text()

@@ -49,7 +49,8 @@ def active_nvlinks():
     """Return the number of active NVLinks of all GPUs, or None if nvidia-smi does not list them."""
     answer = run(["nvidia-smi", "nvlink", "-s"], timeout=30)
     links = re.findall(r"^\s*Link \d+: *(.*)$", answer.out, re.MULTILINE)
-    return None if answer.code else sum("inactive" not in state.lower() for state in links)
+    # nvidia-smi may list the links of most GPUs and fail all the same, for example by a GPU that is lost.
+    return None if answer.code and not links else sum("inactive" not in state.lower() for state in links)
 
 
 def needs_fabric_manager(kind, fabric_states, gpu_names):

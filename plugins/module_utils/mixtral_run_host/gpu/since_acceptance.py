@@ -9,6 +9,9 @@ from __future__ import annotations
 LEAST_MEMORY = 0.98
 """Share of the accepted memory. Versions of the driver keep different amounts of it for themselves."""
 
+# The stamp of the acceptance is the same, so a bootstrap alone does not measure again.
+ACCEPT = "; if intended: mixtral-run bootstrap HOST --tags acceptance -e acceptance_force=true"
+
 
 def hardware(gpus, num_nvlinks):
     """Return what the record of the acceptance keeps of the GPUs, besides the stamp. A change of it measures nothing."""
@@ -38,7 +41,7 @@ def differences(state):
     links, now = kept.get("nvlinks"), state.get("nvlinks")
     # A lost GPU takes its links with it.
     if isinstance(links, int) and isinstance(now, int) and now < links and not gone:
-        yield _count(links, "active NVLink") + when, _count(now, "active NVLink")
+        yield _count(links, "active NVLink") + when + ACCEPT, _count(now, "active NVLink")
     if isinstance(stamp.get("driver"), str) and state["driver"]["user"] not in (None, stamp["driver"]):
         yield "driver {}{}".format(stamp["driver"], when), "driver {}".format(state["driver"]["user"])
 
@@ -50,13 +53,15 @@ def has_nvlinks(state):
 
 
 def _less_memory(gpus, accepted, when):
+    """Yield (expected, found) for GPUs with less memory. Those with the same difference, such as by ECC, are one."""
+    alike = {}
     for gpu in gpus:
         before = accepted.get(gpu["uuid"])
         if isinstance(before, (int, float)) and gpu["memory_gib"] < LEAST_MEMORY * before:
-            yield (
-                "{:g} GiB{}".format(before, when),
-                "GPU {}: {:g} GiB of memory".format(gpu["index"], gpu["memory_gib"]),
-            )
+            alike.setdefault((before, gpu["memory_gib"]), []).append(str(gpu["index"]))
+    for (before, now), indexes in alike.items():
+        found = "GPU{} {}: {:g} GiB of memory".format("s" if len(indexes) > 1 else "", ", ".join(indexes), now)
+        yield "{:g} GiB{}".format(before, when) + ACCEPT, found
 
 
 def _of_another_host(stamp, state):

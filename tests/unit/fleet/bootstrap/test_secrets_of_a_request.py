@@ -9,6 +9,7 @@ import pytest
 
 from mixtral_run.errors import ConfigError
 from mixtral_run.fleet.bootstrap.bootstrap import BootstrapRequest, _play, bootstrap
+from mixtral_run.fleet.bootstrap.host_lock import Held
 from mixtral_run.fleet.ssh.connection import Ssh
 
 
@@ -24,7 +25,7 @@ def request_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bootstrap
 def test_the_role_gets_the_paths_and_so_does_a_retry_from_another_folder(
     request_of_all: BootstrapRequest, tmp_path: Path
 ) -> None:
-    variables = _play(request_of_all, (), Ssh()).variables
+    variables = _play(request_of_all, (), Ssh(), Held()).variables
     expected = {"hf_cache_token_file": str(tmp_path / "token"), "hf_cache_store_keys_file": str(tmp_path / "keys")}
     assert {name: variables.get(name) for name in expected} == expected
     record = json.dumps(request_of_all.to_record())

@@ -50,3 +50,21 @@ def test_it_is_done_when_they_are_idle_and_not_again(programs: Programs, setting
     )
     assert call_module(MODULE, **settings, force=True)["deferred"]
     assert len(programs.calls("docker run")) == 1
+
+
+def test_the_record_of_an_older_version_is_completed_without_a_measurement(programs: Programs, settings: dict) -> None:  # noqa: F811
+    call_module(MODULE, **settings, measure_when_busy=True)
+    file = settings["record_folder"] / "acceptance.json"
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps({name: value for name, value in record.items() if name != "gpus"}))
+    # nvidia-smi may list links and fail all the same.
+    programs.put(
+        "nvidia-smi",
+        'case "$1" in nvlink) printf "\\t Link 0: 26.5 GB/s\\n"; exit 255 ;; '
+        '*) echo "0, H100, GPU-1, 81559, 550.1, 31, 0" ;; esac',
+    )
+    assert not call_module(MODULE, **settings, check_mode=True)["changed"]
+    assert "gpus" not in json.loads(file.read_text())
+    assert not call_module(MODULE, **settings)["changed"]
+    assert json.loads(file.read_text()) == {**record, "gpus": {"memory_gib": {"GPU-1": 79.6}, "nvlinks": 1}}
+    assert len(programs.calls("docker run")) == 1

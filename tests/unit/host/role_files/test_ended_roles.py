@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import jinja2
 import pytest
 import yaml
 from ansible.module_utils.mixtral_run_host.engine import engine_unit
+from jinja2 import nodes
 
 from tests.unit.host.conftest import call_module, load_module
 
@@ -104,3 +106,44 @@ def test_the_engine_is_reloaded_unless_the_docker_role_has_just_done_it() -> Non
         assert _holds(*task, **{**results, "__docker_engine": engine})
     del results["__docker_engine"]
     assert _holds(*task, **results)
+    # With --tags role_run, no other task of the role has run.
+    assert _holds(*task) and not _holds(*task, __docker_engine={"deferred": False})
+
+
+def _conditions(tasks: list[dict[str, Any]], tags: frozenset[str] = frozenset()) -> Iterator[tuple[Any, ...]]:
+    """Yield (task, its tags, its conditions) for all tasks, also of blocks."""
+    for task in tasks:
+        own, when = task.get("tags", []), task.get("when", [])
+        mine = tags | {*([own] if isinstance(own, str) else own)}
+        yield task, mine, when if isinstance(when, list) else [when]
+        for part in ("block", "rescue", "always"):
+            yield from _conditions(task.get(part, []), mine)
+
+
+def _bare(node: nodes.Node, guarded: bool = False) -> set[str]:
+    """Return the names that an expression reads without a default. Those of `is defined and` count as read bare."""
+    if isinstance(node, nodes.Name):
+        return set() if guarded else {node.name}
+    if (isinstance(node, nodes.Filter) and node.name in ("default", "d")) or isinstance(node, nodes.Test):
+        guarded = isinstance(node, nodes.Filter) or node.name in ("defined", "undefined")
+    elif not isinstance(node, (nodes.Getattr, nodes.Getitem)):
+        guarded = False
+    return set().union(*(_bare(child, guarded) for child in node.iter_child_nodes()))
+
+
+def test_what_a_condition_reads_may_be_missing_where_tags_leave_out_the_task_that_registers_it() -> None:
+    """`--tags role_run` runs a part of a role, and a condition that reads an undefined name fails the host."""
+    environment, seen, bare = jinja2.Environment(), 0, []
+    for file in sorted(ROLES.glob("*/tasks/*.yml")):
+        of_role = [each for path in sorted(file.parent.glob("*.yml")) for each in _conditions(_tasks(str(path)))]
+        made = {(task["register"], tags) for task, tags, _ in of_role if "register" in task}
+        vars_file = file.parents[1] / "vars/main.yml"
+        values = yaml.safe_load(vars_file.read_text()) if vars_file.exists() else {}
+        for task, tags, conditions in _conditions(_tasks(str(file))):
+            elsewhere = {name for name, others in made if others != tags and "always" not in others}
+            seen += len(conditions)
+            for condition in conditions:
+                names = _bare(environment.parse("{{ " + str(condition) + " }}"))
+                names = names.union(*(_bare(environment.parse(str(values[name]))) for name in names & values.keys()))
+                bare += [f"{file.relative_to(ROLES)}, {task['name']}: {name}" for name in sorted(names & elsewhere)]
+    assert seen > 20 and not bare

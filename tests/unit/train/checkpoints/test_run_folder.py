@@ -17,6 +17,7 @@ from mixtral_run.run_lock import lock_problems
 from mixtral_run.terminal.report import Report
 from mixtral_run.train.checkpoints import run_folder
 from mixtral_run.train.checkpoints.run_folder import (
+    additional_bytes,
     check_shared,
     drop_later_lines,
     growing_files,
@@ -27,6 +28,7 @@ from mixtral_run.train.checkpoints.run_folder import (
 )
 from mixtral_run.weights.manifest.manifest import write_manifest
 from mixtral_run.weights.manifest.run_state import RunState
+from mixtral_run.weights.store.outputs import folder_of
 
 ARCHITECTURE = {
     "num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 8, "num_query_groups": 4,
@@ -101,6 +103,47 @@ def test_what_a_killed_save_left_goes_and_checkpoints_stay(save: Path) -> None:
 def test_checkpoints_on_the_disk_at_once(settings: dict[str, object], start: int, expected: int) -> None:
     config = FinetuneConfig(**{"load": Path("b"), "save": Path("s"), "mock_data": True, **settings})
     assert num_checkpoints(config, start) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "start", "expected"),
+    [
+        # The newest one is there, and gives way when the next one is complete.
+        ({"keep_last": 1}, 50, 1),
+        ({"keep_last": 8}, 50, 4),
+        ({"keep_last": 8, "train_iters": 60}, 50, 2),
+        ({"keep_last": 1, "train_iters": 51}, 50, 1),
+        # Iteration 50 is written again: 20 to 40 are not among those to come.
+        ({"keep_last": 6}, 40, 3),
+        ({}, 50, 16),
+    ],
+)
+def test_checkpoints_that_are_there_need_no_more_space(
+    save: Path, settings: dict[str, object], start: int, expected: int
+) -> None:
+    given = {"load": Path("b"), "save": save, "mock_data": True, "train_iters": 200, "save_interval": 10, **settings}
+    config = FinetuneConfig(**given)
+    assert additional_bytes(config, start, 10**6) == expected * 10**6
+    # Folders of the user are not removed and do not count; what a killed save left is removed first.
+    (save / "iter_0000005").mkdir()
+    (save / ".iter_0000060.partial").mkdir()
+    (save / ".iter_0000060.partial/__0_0.distcp").write_bytes(b"x" * 8192)
+    assert additional_bytes(config, start, 10**6) == expected * 10**6 - 8192
+    assert additional_bytes(config, start, 100) == 0
+
+
+def test_a_checkpoint_that_is_being_copied_to_a_store_stays_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MIXTRAL_RUN_STORE_CACHE", str(tmp_path))
+    settings = {"load": Path("b"), "mock_data": True, "train_iters": 90, "save_interval": 10}
+    for folder, more in ((tmp_path / "run-1/run", 0), (folder_of("s3://bucket/run"), 1)):
+        last, every = FinetuneConfig(save=folder, keep_last=2, **settings), FinetuneConfig(save=folder, **settings)
+        assert num_checkpoints(last, 0) == 3 + more and num_checkpoints(every, 0) == 10
+        assert additional_bytes(last, 0, 100) == 300 + 100 * more
+        run_folder.report_disk_use(last, 2**30, Report())
+        said = " ".join(capsys.readouterr().out.split())
+        assert ("(kept: the newest 2; one more while it is copied to the store)" in said) == bool(more)
 
 
 def line(iteration: int, **more: object) -> str:

@@ -19,6 +19,7 @@ from mixtral_run.errors import TrainingError
 from mixtral_run.launch.heartbeat import Heartbeat, _noted, read_beat, unnoted
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh
+from mixtral_run.train.checkpoints import background
 from mixtral_run.train.checkpoints.adapter_writer import AdapterWriter
 from mixtral_run.train.checkpoints.background import BackgroundTask
 from mixtral_run.train.checkpoints.saving import AdapterSaver, SaveRequest
@@ -190,6 +191,30 @@ def test_an_error_of_the_training_costs_no_checkpoint(training: Training, tmp_pa
     assert (tmp_path / LATEST).read_text() == "4\n"
 
 
+@pytest.mark.parametrize(
+    ("error", "is_saved"),
+    [
+        (TrainingError("The loss is not finite."), True),
+        (dist.DistError("timeout"), False),
+        (KeyboardInterrupt(), False),
+    ],
+)
+def test_a_long_save_is_waited_for_if_its_other_ranks_are_there(
+    training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, is_saved: bool
+) -> None:
+    monkeypatch.setattr(background, "SECONDS_AFTER_ERROR", 0.05)
+    gate = Gate(monkeypatch)
+    timer = threading.Timer(0.3, gate.opened.set)
+    with pytest.raises(type(error)), training.saver(tmp_path) as saver:
+        saver.save_in_background(request(4))
+        assert gate.reached.wait(PATIENCE_SECONDS)
+        timer.start()
+        raise error
+    assert (tmp_path / LATEST).exists() == is_saved
+    timer.join()
+    saver.finish()
+
+
 def test_after_the_loss_of_another_rank_nothing_is_waited_for(
     training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,7 +237,7 @@ def test_a_disk_that_does_not_answer_is_an_error(mesh: Mesh, tmp_path: Path) -> 
         task.wait()
     assert late.value.found == "still writing: rank 0"
     answered.set()
-    task.join_after_error()
+    task.join_after_error(all_ranks_live=True)
     task.wait()
     assert task.result() > 0.2
 

@@ -257,7 +257,7 @@ def test_a_save_is_over_when_it_is_on_all_ranks(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr("torch.distributed.all_reduce", reduce)
     task = background.BackgroundTask(lambda: None, mesh_of(0, 2), tmp_path / "iter_0000003", 10)
-    task.join_after_error()
+    task.join_after_error(all_ranks_live=True)
     states[:] = [1.0, 2.0]  # running on the other rank, then over
     assert [task.is_over(), task.is_over()] == [False, True]
     states[:] = [0.0]  # late there

@@ -20,11 +20,12 @@ from mixtral_run.errors import TrainingError
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
 from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.terminal.report import Report
-from mixtral_run.train.checkpoints import host_copy
+from mixtral_run.train.checkpoints import host_copy, saving
 from mixtral_run.train.checkpoints.host_copy import fits_on_hosts
 from mixtral_run.train.checkpoints.newest_good import newest_good
 from mixtral_run.train.checkpoints.saving import SaveRequest
 from mixtral_run.train.full.chunk_writer import ChunkWriter
+from mixtral_run.train.full.full_copy import FullCopy
 from mixtral_run.train.full.saving import FullSaver
 from mixtral_run.train.full.sharded_adamw import ShardedAdamW
 from mixtral_run.train.run_checkpoints import RunCheckpoints
@@ -203,6 +204,35 @@ def test_without_the_memory_the_training_waits_and_says_so(
     assert ("Checkpoints are saved in the background" in printed) != waits
 
 
+def test_memory_that_cannot_be_pinned_is_reported_once_and_leaves_no_error_behind(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second and the third of four registrations fail; the runtime keeps the error until it is read."""
+    codes, kept, asked = [0, 2, 2, 0], [0], []
+
+    def register(address: int, num_bytes: int, flags: int) -> int:
+        assert kept == [0] and flags == 0
+        asked.append((address, num_bytes))
+        kept[0] = codes.pop(0)
+        return kept[0]
+
+    def launch(*_: object, device: str) -> None:
+        """Raise and clear the runtime's error, as torch's check after the launch of a kernel does."""
+        assert device == "cuda" and kept[0]
+        kept[0] = 0
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=register))
+    monkeypatch.setattr(torch, "ones", launch)
+    host_copy._warn_unpinned.cache_clear()
+    memory = torch.zeros(10)
+    for _ in range(4):
+        host_copy.pin(memory)
+    host_copy.pin(torch.zeros(0))
+    assert asked == [(memory.data_ptr(), 40)] * 4 and kept == [0]
+    assert "".join(capsys.readouterr()).count("cannot pin host memory (CUDA error 2)") == 1
+
+
 def test_the_copies_of_all_ranks_of_a_host_have_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     def gather(found: list[Any], own: tuple[str, int, int]) -> None:
         # Rank 1 is on the same host, and measured a little less; rank 2 has a host of its own.
@@ -227,3 +257,32 @@ def test_two_hosts_of_one_name_have_memory_of_their_own(monkeypatch: pytest.Monk
     monkeypatch.setattr(host_copy, "boot_id", iter("ab").__next__)
     assert not fits_on_hosts(60), "two ranks of one host"
     assert fits_on_hosts(60), "two hosts"
+
+
+def test_a_rank_that_cannot_allocate_its_copy_lets_all_ranks_wait(
+    mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first time the other rank has no memory, and the second time this one."""
+    own: list[str | None] = []
+
+    def gather(found: list[Any], problem: Any) -> None:
+        own.append(problem)
+        found[:] = [problem, "DefaultCPUAllocator: can't allocate memory" if problem is None else None]
+
+    def fails(copy: FullCopy) -> None:
+        raise MemoryError
+
+    training = Training(mesh)
+    saver = FullSaver(training.model, training.optimizer, tmp_path)
+    monkeypatch.setattr(saving, "fits_on_hosts", lambda _: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    config = PretrainConfig(load=Path("base"), mock_data=True, save=tmp_path, train_iters=9, save_interval=2)
+    run: Any = SimpleNamespace(start=0, report=Report(), mesh=mesh)
+    for rank, why in ((1, "DefaultCPUAllocator: can't allocate memory"), (0, "MemoryError")):
+        RunCheckpoints(run, saver, config, None, {}).prepare()  # type: ignore[arg-type]
+        assert not saver.can_save_in_background
+        printed = " ".join("".join(capsys.readouterr()).split())
+        assert "The training waits for each save" in printed and f"not be allocated (rank {rank}: {why})" in printed
+        monkeypatch.setattr(FullCopy, "allocate", fails)
+    assert own == [None, "MemoryError"]

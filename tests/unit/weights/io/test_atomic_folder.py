@@ -267,14 +267,12 @@ def test_a_range_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_memory_and_disks_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    2000 kB\nMemFree: 1 kB\n")
-    (tmp_path / "limit").write_text("1000000\n")
     monkeypatch.setattr(disk, "_MEMORY", tmp_path / "meminfo")
-    for limits, expected in (((), 2048000), (("limit",), 1000000), (("none", "limit"), 1000000)):
-        monkeypatch.setattr(disk, "_CGROUP_LIMITS", tuple(tmp_path / each for each in limits))
+    for in_groups, expected in ((None, 2048000), (1000000, 1000000), (3000000, 2048000), (0, 1)):
+        monkeypatch.setattr(disk, "free_in_cgroups", lambda free=in_groups: free)
         assert disk.available_bytes() == expected
         assert disk.fits_in_memory(expected - 1) and not disk.fits_in_memory(expected)
-    (tmp_path / "limit").write_text("max\n")
-    assert disk.available_bytes() == 2048000
+    monkeypatch.setattr(disk, "free_in_cgroups", lambda: None)
     monkeypatch.setattr(disk, "_MEMORY", tmp_path / "none")
     assert disk.available_bytes() == 0
     device = tmp_path.stat().st_dev

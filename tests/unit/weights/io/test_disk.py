@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_run.weights.io import disk
+from mixtral_run.weights.io import cgroup, disk
 
 
 def test_room_is_reserved_and_what_is_there_stays(tmp_path: Path) -> None:
@@ -42,11 +42,51 @@ def test_a_full_disk_raises_and_one_that_cannot_reserve_does_not(
             disk.allocate(file.fileno(), 0, 1)
 
 
-def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    limit = tmp_path / "memory.max"
-    limit.write_text("1000000\n")
-    monkeypatch.setattr(disk, "_CGROUP_LIMITS", (limit,))
-    assert disk.fits_in_memory(999_999)
-    assert not disk.fits_in_memory(1_000_001)
-    limit.write_text("max\n")
-    assert disk.fits_in_memory(1_000_001)
+GIB = 2**30
+POD = "/kubepods.slice/pod-1/container"
+
+
+def group(folder: Path, limit: str, used: int, inactive: int, names: tuple[str, str, str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / names[0]).write_text(f"{limit}\n")
+    (folder / names[1]).write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"active_file 5\n{names[2]} {inactive}\ninactive_anon 7\n")
+
+
+@pytest.mark.parametrize(
+    ("lines", "root", "names"),
+    [
+        ("0::{}\n", ".", ("memory.max", "memory.current", "inactive_file")),
+        (
+            "9:cpu,cpuacct:/other\n4:hugetlb,memory:{}\n0::/init.scope\n",
+            "memory",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ),
+    ],
+)
+def test_what_a_container_uses_already_is_not_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: str, root: str, names: tuple[str, str, str]
+) -> None:
+    """A pod of 900 GiB whose training holds 530 GiB has no place for a copy of 609 GiB."""
+    own = tmp_path / "own"
+    monkeypatch.setattr(cgroup, "_OWN", own)
+    monkeypatch.setattr(cgroup, "_ROOT", tmp_path)
+    (tmp_path / "meminfo").write_text(f"MemAvailable: {1500 * GIB // 1024} kB\n")
+    monkeypatch.setattr(disk, "_MEMORY", tmp_path / "meminfo")
+    assert disk.available_bytes() == 1500 * GIB
+    top = tmp_path / root
+    # The container sees its own group as the root, and in /proc/self/cgroup perhaps a path of the host.
+    group(top, str(900 * GIB), 550 * GIB, 20 * GIB, names)
+    for path in ("/", POD, "/../other"):
+        own.write_text(lines.format(path))
+        assert disk.available_bytes() == 370 * GIB
+    # On the host all groups of the path count, and the unlimited root does not.
+    group(top, "max", 0, 0, names)
+    own.write_text(lines.format(POD))
+    assert disk.available_bytes() == 1500 * GIB
+    group(top / POD[1:], "max", 9, 0, names)
+    group((top / POD[1:]).parent, str(100 * GIB), 40 * GIB, 0, names)
+    assert disk.available_bytes() == 60 * GIB
+    # A group that is full is not one that says nothing.
+    group(top / POD[1:], str(GIB), GIB, 0, names)
+    assert disk.available_bytes() == 1

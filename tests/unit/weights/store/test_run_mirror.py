@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_run.errors import ConfigError, MixtralRunError, TrainingError
+from mixtral_run.errors import ConfigError, MixtralRunError, TrainingError, WeightsError
 from mixtral_run.terminal.report import Report
-from mixtral_run.weights.store import problems, run_mirror
+from mixtral_run.weights.store import problems, run_mirror, transfer
 from mixtral_run.weights.store.local import LocalCopy
 from mixtral_run.weights.store.run_mirror import Retention, RunMirror
 from mixtral_run.weights.store.runs import bring_back, complete_iterations
@@ -211,6 +211,39 @@ def test_another_machine_continues_from_the_newest_whole_one(local: LocalCopy, t
     fs.calls.clear()
     bring_back(store, objects, complete, other, Report.silent())
     assert not fs.calls
+
+
+def test_a_checkpoint_whose_copy_was_cut_off_needs_space_for_the_rest(
+    local: LocalCopy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, fs = flaky_store()
+    store = type(store)(fs, store.root, store.url)
+    source = add(local.folder, 30)
+    (source / "more.distcp").write_bytes(bytes(range(200)))
+    mirrored(local, fs)
+    size = sum(each.stat().st_size for each in source.iterdir())
+    other = tmp_path / "other"
+    partial = other / ".iter_0000030.partial"
+    partial.mkdir(parents=True)
+    # One file is complete, and of another half is there, with a byte that is wrong; a third one is too long.
+    shutil.copy(source / "__0_0.distcp", partial)
+    (partial / ".metadata.partial").write_bytes(b"x" + (source / ".metadata").read_bytes()[1:5])
+    (partial / "more.distcp.partial").write_bytes(bytes(201))
+    (partial / "__7_0.distcp").write_bytes(b"of a save that was cut off")
+    (other / ".iter_0000020.partial").mkdir()
+    left = size - (source / "__0_0.distcp").stat().st_size - 5
+    free = [left - 1, left]
+    monkeypatch.setattr(transfer, "free_bytes", lambda _: free.pop(0) if free else 0)
+    objects = store.objects()
+    with pytest.raises(WeightsError, match="no space for the copy"):
+        bring_back(store, objects, complete_iterations(store, objects), other, Report.silent())
+    fs.calls.clear()
+    bring_back(store, objects, complete_iterations(store, objects), other, Report.silent())
+    assert {each.name: each.read_bytes() for each in (other / source.name).iterdir()} == {
+        each.name: each.read_bytes() for each in source.iterdir()
+    }
+    assert not list(other.glob(".iter*"))
+    assert not [path for what, path in fs.calls if what == "read" and path.endswith("__0_0.distcp")]
 
 
 def test_the_words_for_each_error_of_a_store() -> None:
