@@ -162,7 +162,7 @@ def acquire(lock: Path, command: str, where: Path) -> int:
                 os.close(descriptor)
         if doubt is not None and not is_new:
             holder = living([doubt]).get(lock)
-        if holder is not None and (holder.remove or attempt == _ATTEMPTS - 1):
+        if holder is not None and (doubt is not None or attempt == _ATTEMPTS - 1):
             raise _is_held(holder, where)
     raise ConfigError("Other runs take and leave the same place all the time.", where=str(where))
 

@@ -242,7 +242,7 @@ def _look_at_all(waiting: dict[Path, Doubt], alive: dict[Path, Holder]) -> bool:
         else:
             if changed:
                 del waiting[lock]
-                alive[lock] = each.holder
+                alive[lock] = replace(each.holder, remove="")
     return failed
 
 
