@@ -121,7 +121,11 @@ def additional_bytes(config: RunConfig, start: int, checkpoint_bytes: int) -> in
         num_there = len(_checkpoints_up_to(config.folder, start))
         # A new one is complete before the first is removed, however many are there.
         written = max(1, min(written, most - num_there))
-    return max(0, written * checkpoint_bytes - sum(map(allocated_bytes, config.folder.glob(PARTIAL))))
+    left = 0
+    # A folder that cannot be looked into is reported by those who check whether it can be written.
+    with contextlib.suppress(OSError):
+        left = sum(map(allocated_bytes, config.folder.glob(PARTIAL)))
+    return max(0, written * checkpoint_bytes - left)
 
 
 def _num_written(config: RunConfig, start: int) -> int:
