@@ -117,15 +117,15 @@ def additional_bytes(config: RunConfig, start: int, checkpoint_bytes: int) -> in
     checkpoint_bytes: of one checkpoint.
     """
     written, most = _num_written(config, start), _most_at_once(config)
-    if most is not None:
-        num_there = len(_checkpoints_up_to(config.folder, start))
-        # A new one is complete before the first is removed, however many are there.
-        written = max(1, min(written, most - num_there))
-    left = 0
+    num_there = bytes_left = 0
     # A folder that cannot be looked into is reported by those who check whether it can be written.
     with contextlib.suppress(OSError):
-        left = sum(map(allocated_bytes, config.folder.glob(PARTIAL)))
-    return max(0, written * checkpoint_bytes - left)
+        num_there = 0 if most is None else len(_checkpoints_up_to(config.folder, start))
+        bytes_left = sum(map(allocated_bytes, config.folder.glob(PARTIAL)))
+    if most is not None:
+        # A new one is complete before the first is removed, however many are there.
+        written = max(1, min(written, most - num_there))
+    return max(0, written * checkpoint_bytes - bytes_left)
 
 
 def _num_written(config: RunConfig, start: int) -> int:

@@ -50,7 +50,7 @@ def folder(tmp_path: Path, small_hf_model: Path, small_checkpoint: Path) -> Iter
         (("plan", "--config", "hf-config/config.json", "--gpus", "x"), 2, ["The config file cannot be read."]),
         (("finetune", "--load", "closed", "--save", "read-only/a", *LAYOUT), 5,
          ["where:    closed", "--save read-only/a:", "read-only cannot be written"]),
-        (("finetune", "--load", "base", "--save", "closed/a", *LAYOUT), 2, ["--save closed/a: "]),
+        (("finetune", "--load", "base", "--save", "closed/a", "--keep-last", "1", *LAYOUT), 2, ["--save closed/a: "]),
     ],
 )  # fmt: skip
 def test_it_is_reported(folder: Path, words: tuple[str, ...], exit_code: int, reported: list[str]) -> None:
