@@ -19,7 +19,7 @@ from pathlib import Path
 
 from mixtral_run.errors import ConfigError
 from mixtral_run.run_lock.mounts import kind_of_lock, reaches_other_hosts
-from mixtral_run.run_lock.note import Holder, Note, read_note
+from mixtral_run.run_lock.note import TO_READ, Holder, Note, read_note
 from mixtral_run.run_lock.signs import SETTLE_SECONDS, Doubt, OwnSigns, doubt_of, is_held, living, stop_signs
 
 LOCK_NAME = ".mixtral-run.lock"
@@ -60,7 +60,7 @@ def _open_to_look(lock: Path) -> int:
     try:
         return os.open(lock, os.O_RDWR | os.O_NOFOLLOW)
     except PermissionError:
-        return os.open(lock, os.O_RDONLY | os.O_NOFOLLOW)
+        return os.open(lock, TO_READ)
 
 
 def _state(lock: Path, descriptor: int) -> tuple[Holder | None, Doubt | None]:
@@ -223,7 +223,7 @@ def _is_at(lock: Path, descriptor: int) -> bool:
 def _remove_anothers(lock: Path) -> bool:
     """Remove what a killed run of another user left, if the folder lets this user. Raises ConfigError if it is held."""
     try:
-        descriptor = os.open(lock, os.O_RDONLY | os.O_NOFOLLOW)
+        descriptor = os.open(lock, TO_READ)
     except OSError:
         return False
     try:

@@ -1,4 +1,4 @@
-"""What the mount of a lock's file tells: whether its lock holds on other hosts, and how late their writes show here."""
+"""Facts from the mount of a lock's file: whether its lock holds on other hosts, and how late their writes show here."""
 
 from __future__ import annotations
 

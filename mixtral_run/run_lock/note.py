@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 LARGEST_NOTE = 4096
+TO_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+"""Flags to open a lock's file for reading. Without O_NONBLOCK, opening a pipe in its place would never end."""
 _COUNTER_DIGITS = 12
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from mixtral_run.errors import HostError, MixtralRunError
 from mixtral_run.run_lock.mounts import cache_seconds_of, reaches_other_hosts
-from mixtral_run.run_lock.note import LARGEST_NOTE, UNKNOWN, Holder, Note, removal_of
+from mixtral_run.run_lock.note import LARGEST_NOTE, TO_READ, UNKNOWN, Holder, Note, removal_of
 
 BEAT_SECONDS, SILENT_SECONDS, SETTLE_SECONDS = 10.0, 45.0, 1.0
 """Time between two signs of life; time without one after which a holder is dead; time for another's note to show."""
@@ -150,7 +150,7 @@ def read_by_path(lock: Path) -> bytes:
 
 def _look(lock: Path) -> tuple[int, int, bytes]:
     """Return what changes with each sign of life: the file, its time, and its content. Raises OSError."""
-    descriptor = os.open(lock, os.O_RDONLY | os.O_NOFOLLOW)
+    descriptor = os.open(lock, TO_READ)
     try:
         status = os.fstat(descriptor)
         return status.st_ino, status.st_mtime_ns, os.pread(descriptor, LARGEST_NOTE, 0)

@@ -29,6 +29,7 @@ from mixtral_run.run_lock import (
     signs,
 )  # fmt: skip
 from mixtral_run.run_lock import lock as lock_module
+from mixtral_run.run_lock.signs import read_by_path
 from mixtral_run.train.checkpoints.save_target import SaveTarget
 from mixtral_run.train.checkpoints.saving import SaveRequest, begin, complete
 from mixtral_run.weights.io.atomic_folder import Staging
@@ -324,3 +325,10 @@ def test_the_process_ends_with_the_errors_code_and_reports_it_first(
     signs.report_loss_with(done.append)
     signs._end(error)
     assert done == [3, error, 3] and not capsys.readouterr().err
+
+
+def test_a_pipe_in_the_place_of_a_lock_holds_nobody(tmp_path: Path) -> None:
+    """Opened as a file is, it waits for a writer that never comes."""
+    os.mkfifo(tmp_path / "lock")
+    with pytest.raises(OSError, match="Illegal seek"):
+        read_by_path(tmp_path / "lock")

@@ -28,7 +28,7 @@ def pretrain(config: PretrainConfig) -> None:
     """Train all weights: full fine-tuning with --save, else a few iterations to prove that a layout trains.
 
     With --save, AdamW trains, and each checkpoint is a base that every verb takes as --load. One of Mixtral 8x7B has
-    654 GB, of which 93 are weights: --keep-last 1 keeps the newest. A usual --lr is 1e-5. Without --save, SGD trains,
+    654 GB, 93 GB of them weights: --keep-last 1 keeps the newest. A usual --lr is 1e-5. Without --save, SGD trains,
     and nothing is left. `mixtral-run plan --full` counts the memory.
     """
     with importing():

@@ -81,7 +81,7 @@ def check_shared(folder: Path, mesh: Mesh) -> None:
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise ConfigError(
-            "The hosts of the job do not share the folder of its checkpoints, of which each writes a part.",
+            "The hosts of the job do not share the folder of its checkpoints. Each host writes a part of each one.",
             where=str(folder),
             expected="a folder on a file system that all hosts have at this path",
             problems=answer[0],

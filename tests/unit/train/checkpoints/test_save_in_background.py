@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import threading
 import time
@@ -24,6 +23,7 @@ from mixtral_run.train.checkpoints.adapter_writer import AdapterWriter
 from mixtral_run.train.checkpoints.background import BackgroundTask
 from mixtral_run.train.checkpoints.saving import AdapterSaver, SaveRequest
 from mixtral_run.train.steps.step import trainable
+from tests.support.full_disk import full_disk_for
 from tests.unit.model.recompute.test_recompute import model_of
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -157,21 +157,11 @@ def test_what_is_spoiled_after_the_step_is_not_in_it(training: Training, tmp_pat
     assert (tmp_path / LATEST).read_text() == "4\n"
 
 
-def test_a_full_disk_is_reported_to_the_training(
-    training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_reported_to_the_training(training: Training, tmp_path: Path) -> None:
     saver = training.saver(tmp_path)
     saver.save(request(3))
     before = contents(tmp_path)
-    real = os.fsync
-
-    def full(descriptor: int) -> None:
-        if Path(f"/proc/self/fd/{descriptor}").readlink().name == "__0_0.distcp":
-            raise OSError(28, "No space left on device")
-        real(descriptor)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
+    with full_disk_for("__0_0.distcp"):
         saver.save_in_background(request(4))
         with pytest.raises(TrainingError, match="The adapter of iteration 4 cannot be saved") as refused:
             until = time.monotonic() + PATIENCE_SECONDS

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -31,6 +30,7 @@ from mixtral_run.train.full.sharded_adamw import ShardedAdamW
 from mixtral_run.train.run_checkpoints import RunCheckpoints
 from mixtral_run.weights.manifest.describe import describe_trained
 from tests.multiprocess.conftest import SMALL
+from tests.support.full_disk import full_disk_for
 
 LATEST = "latest_checkpointed_iteration.txt"
 DESCRIPTION = {"base": {"fingerprint": "0-0", "path": None}, "training": {}, "data_sha256": None}
@@ -124,21 +124,13 @@ def test_the_files_are_those_of_a_blocking_save_and_a_kill_leaves_the_earlier_on
 
 
 def test_what_is_spoiled_or_meets_a_full_disk_is_reported_and_leaves_the_earlier_one(
-    mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mesh: Mesh, tmp_path: Path
 ) -> None:
     training = Training(mesh)
     saver = training.saver(tmp_path)
     saver.save(request(3))
     before = contents(tmp_path)
-    real = os.fsync
-
-    def full(descriptor: int) -> None:
-        if Path(f"/proc/self/fd/{descriptor}").readlink().name == "__0_0.distcp":
-            raise OSError(28, "No space left on device")
-        real(descriptor)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
+    with full_disk_for("__0_0.distcp"):
         saver.save_in_background(request(4))
         with pytest.raises(TrainingError, match="The model of iteration 4 cannot be saved"):
             saver.finish()
