@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import json
 import os
@@ -13,9 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.mutants.left_out import kind_of, places_of
+
 ROOT = Path(__file__).parents[2]
 UNIT = "tests/unit"
-Span = tuple[tuple[int, int], tuple[int, int]]
 
 ROOMS: dict[str, tuple[str, str]] = {
     "mapping": ("mixtral_run/weights/mapping", "weights/mapping weights/load weights/adapter"),
@@ -105,38 +105,19 @@ def sample_of(room: str, copy: Path, number: int, seed: int) -> tuple[list[Mutan
 
 
 def mutants_of(module: Path, copy: Path) -> list[Mutant]:
-    """Return all changes of a module that cosmic-ray knows, without those that change nothing that runs."""
+    """Return all changes of a module that cosmic-ray knows, without those of a kind that is left out."""
     from cosmic_ray.commands.init import _all_work_items
 
-    ignored = _ignored(ast.parse(module.read_text(encoding="utf-8")))
+    places = places_of(module.read_text(encoding="utf-8"))
     found = []
     for item in _all_work_items([module], {}):
         (change,) = item.mutations
-        if any(first <= change.start_pos < last for first, last in ignored):
+        if kind_of(places, change.start_pos, change.operator_name) is not None:
             continue
         name = str(module.relative_to(copy))
         arguments = json.dumps(change.operator_args)
         found.append(Mutant(name, change.operator_name, change.occurrence, change.start_pos[0], arguments))
     return found
-
-
-def _ignored(tree: ast.Module) -> list[Span]:
-    """Return the places of annotations, which are not evaluated, of decorators of dataclasses, and of assertions."""
-    places: list[ast.AST] = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.AnnAssign | ast.arg) and node.annotation is not None:
-            places.append(node.annotation)
-        elif isinstance(node, ast.FunctionDef) and node.returns is not None:
-            places.append(node.returns)
-        elif isinstance(node, ast.ClassDef):
-            places += node.decorator_list
-        elif isinstance(node, ast.Assert) or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
-            places.append(node)
-    # cosmic-ray counts the @ as part of a decorator.
-    return [
-        ((each.lineno, each.col_offset - 1), (each.end_lineno, each.end_col_offset))  # type: ignore[attr-defined]
-        for each in places
-    ]
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.mutants.left_out import KINDS, kind_of, places_of
 from tests.mutants.swap import MOST_EVENTS, LineTrace, exchange, exchange_values, functions_of, statement_lines
 from tests.mutants.warm import runs_product
 
@@ -136,3 +137,73 @@ def test_programs_that_may_run_code_of_the_product() -> None:
     assert runs_product((sys.executable, [sys.executable, "-m", "x"], None, {}))
     assert runs_product(("/bin/sh", ["sh", "-c", "exec python3 x"], None, None))
     assert not runs_product(("docker", ["docker", "run", "mixtral-run-model"], None, {"A": "python"}))
+
+
+LEFT_OUT = """def one(number: int | None, *, seconds=30, rank=0, limit=30) -> int | str:
+    assert number > 2
+    if len(names) == 0 or rank > 0 or limit > 0:
+        pairs = list(zip(a, b, strict=True))
+    if x.dtype is torch.float32 or kind == "text" or kind is other:
+        raise ConfigError(f"bad", found=text[:200])
+    if time.monotonic() - began > 60 or total > 60:
+        call(timeout=10, size=10, other=text[:200], pause_seconds=2)
+    return number | 2
+
+
+class Kind:
+    @abstractmethod
+    def two(self, first, /, second): ...
+
+    @functools.cache
+    def three(self, *rest): ...
+
+
+MOST_SECONDS = 600.0
+MOST_BYTES = 600
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "part", "operator", "kind"),
+    [
+        (1, "| None", "ReplaceBinaryOperator_BitOr_Add", "annotation"),
+        (1, "| str", "ReplaceBinaryOperator_BitOr_Add", "annotation"),
+        (1, "*,", "ReplaceBinaryOperator_Mul_Div", "signature"),
+        (1, "30, rank", "NumberReplacer", "time"),
+        (1, "0, limit", "NumberReplacer", None),
+        (1, "30)", "NumberReplacer", None),
+        (2, "> 2", "ReplaceComparisonOperator_Gt_Lt", "assertion"),
+        (3, "== 0", "ReplaceComparisonOperator_Eq_LtE", "lower bound"),
+        (3, "== 0", "ReplaceComparisonOperator_Eq_GtE", None),
+        (3, "0 or rank", "NumberReplacer", None),
+        (3, "> 0 or limit", "ReplaceComparisonOperator_Gt_NotEq", "lower bound"),
+        (3, "> 0:", "ReplaceComparisonOperator_Gt_NotEq", None),
+        (4, "True", "ReplaceTrueWithFalse", "assertion"),
+        (5, "is torch", "ReplaceComparisonOperator_Is_Eq", "identity"),
+        (5, "is torch", "ReplaceComparisonOperator_Is_IsNot", None),
+        (5, "== ", "ReplaceComparisonOperator_Eq_Is", "literal"),
+        (5, "== ", "ReplaceComparisonOperator_Eq_GtE", None),
+        (5, "is other", "ReplaceComparisonOperator_Is_Eq", None),
+        (6, "200", "NumberReplacer", "shown text"),
+        (7, "> 60 or", "ReplaceComparisonOperator_Gt_GtE", "clock"),
+        (7, "> 60 or", "ReplaceComparisonOperator_Gt_Lt", None),
+        (7, "60 or", "NumberReplacer", "time"),
+        (7, "> 60:", "ReplaceComparisonOperator_Gt_GtE", None),
+        (7, "60:", "NumberReplacer", None),
+        (8, "10, size", "NumberReplacer", "time"),
+        (8, "10, other", "NumberReplacer", None),
+        (8, "200", "NumberReplacer", None),
+        (8, "2)", "NumberReplacer", None),
+        (9, "| 2", "ReplaceBinaryOperator_BitOr_Add", None),
+        (13, "@", "RemoveDecorator", "decorator"),
+        (14, "/,", "ReplaceBinaryOperator_Div_Mul", "signature"),
+        (16, "@", "RemoveDecorator", None),
+        (17, "*rest", "ReplaceBinaryOperator_Mul_Div", None),
+        (20, "600", "NumberReplacer", "time"),
+        (21, "600", "NumberReplacer", None),
+    ],
+)  # fmt: skip
+def test_changes_that_are_left_out(line: int, part: str, operator: str, kind: str | None) -> None:
+    column = LEFT_OUT.splitlines()[line - 1].index(part)
+    assert kind_of(places_of(LEFT_OUT), (line, column), f"core/{operator}") == kind
+    assert kind is None or kind in KINDS
