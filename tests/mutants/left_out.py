@@ -23,6 +23,7 @@ KINDS = {
     "literal": "ruff (F632) refuses `is` with a literal",
     "clock": "two readings of a clock never differ by exactly a limit",
     "time": "a limit of time from 5 s that is 1 s longer or shorter is as good",
+    "buffer": "the size of a buffer or of the pieces of a copy changes no byte",
     "shown text": "the length at which a text from outside is cut in a message",
 }
 LONG = 5
@@ -87,8 +88,12 @@ def _whole(node: ast.AST, text: str) -> Iterator[Place]:
         yield from (_around("decorator", each, 1) for each in node.decorator_list)
     elif isinstance(node, ast.Assert) or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
         yield _around("assertion", node)
-    elif isinstance(node, ast.Call) and _is(node.func, "zip"):
-        yield from (_around("assertion", each.value) for each in node.keywords if each.arg == "strict")
+    elif isinstance(node, ast.Call):
+        if _is(node.func, "zip"):
+            yield from (_around("assertion", each.value) for each in node.keywords if each.arg == "strict")
+        if _is(node.func, "copyfileobj"):
+            yield from (_around("buffer", each) for each in node.args[2:])
+        yield from (_around("buffer", each.value) for each in node.keywords if each.arg == "buffering")
 
 
 def _is(node: ast.AST, name: str) -> bool:

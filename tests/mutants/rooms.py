@@ -34,10 +34,13 @@ ROOMS: dict[str, tuple[str, str]] = {
     ),
     "data_cache": (
         "mixtral_run/train/data/cache",
-        "train/data/test_examples.py train/data/test_nothing_in_silence.py train/data/test_sources.py "
-        "train/data/test_token_cache.py train/data/test_tokenize.py",
+        "train/data/test_cache_parts.py train/data/test_examples.py train/data/test_nothing_in_silence.py "
+        "train/data/test_sources.py train/data/test_token_cache.py train/data/test_tokenize.py",
     ),
-    "data_check": ("mixtral_run/train/data/check", "train/data/test_check.py train/data/test_preference_records.py"),
+    "data_check": (
+        "mixtral_run/train/data/check",
+        "train/data/test_check.py train/data/test_check_screen.py train/data/test_preference_records.py",
+    ),
     "data_reading": ("mixtral_run/train/data/reading", "train/data"),
     "data_templates": ("mixtral_run/train/data/templates", "train/data train/test_example_texts.py"),
     "lr_schedule": ("mixtral_run/train/lr_schedule.py", "train/test_lr_schedule.py"),
