@@ -20,6 +20,7 @@ KINDS = {
     "signature": "`*` and `/` between parameters: mypy checks the calls",
     "lower bound": "a length, a count, a rank or a remainder is never below 0, and a number of processes never below 1",
     "identity": "dtypes and members of an Enum exist once, so that `is` and `==` are the same",
+    "flags": "flags of a call have different bits, so that `|`, `+` and `^` of two of them are the same",
     "literal": "ruff (F632) refuses `is` with a literal",
     "clock": "two readings of a clock never differ by exactly a limit",
     "time": "a limit of time from 5 s that is 1 s longer or shorter is as good",
@@ -40,12 +41,13 @@ _MEMBER = re.compile(r"(\w+\.)*_?[A-Z]\w*\.[A-Z][A-Z0-9_]*\Z")
 _DTYPE = re.compile(r"(.*[._])?dtype\Z|torch\.(bfloat16|float\w+|u?int\d+|uint8)\Z")
 _IDENTITY = frozenset({"Eq_Is", "Is_Eq", "NotEq_IsNot", "IsNot_NotEq"})
 _ENDS = frozenset({"Gt_GtE", "GtE_Gt", "Lt_LtE", "LtE_Lt"})
+_SUM_OF_FLAGS = frozenset({"BitOr_Add", "BitOr_BitXor"})
 _AT_BOUND = frozenset({"Eq_LtE", "LtE_Eq", "NotEq_Gt", "Gt_NotEq"})
 
 
 @dataclass(frozen=True)
 class Place:
-    """A part of a file. changes: those of a comparison there that belong to the kind; None: all changes."""
+    """A part of a file. changes: those of an operator there that belong to the kind; None: all changes."""
 
     kind: str
     first: Position
@@ -55,7 +57,7 @@ class Place:
     def holds(self, position: Position, operator: str) -> bool:
         """Return True if a change of cosmic-ray at a position belongs here."""
         inside = self.first <= position < self.last
-        return inside and (self.changes is None or operator.rpartition("ComparisonOperator_")[2] in self.changes)
+        return inside and (self.changes is None or operator.rpartition("Operator_")[2] in self.changes)
 
 
 def places_of(text: str) -> list[Place]:
@@ -115,13 +117,25 @@ def _markers(node: ast.FunctionDef, text: str) -> Iterator[Place]:
 
 
 def _comparisons(node: ast.AST) -> Iterator[Place]:
-    """Yield the places of operators of a comparison, with the changes that are the same."""
+    """Yield the places of operators of a comparison or of flags, with the changes that are the same."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr) and _are_flags(node):
+        yield Place("flags", *_between(node.left, node.right), _SUM_OF_FLAGS)
     if not isinstance(node, ast.Compare):
         return
     for left, right in zip([node.left, *node.comparators], node.comparators, strict=False):
-        first, last = (left.end_lineno or 0, left.end_col_offset or 0), (right.lineno, right.col_offset)
         for kind, changes in _same_comparisons(left, right):
-            yield Place(kind, first, last, changes)
+            yield Place(kind, *_between(left, right), changes)
+
+
+def _between(left: ast.expr, right: ast.expr) -> tuple[Position, Position]:
+    return (left.end_lineno or 0, left.end_col_offset or 0), (right.lineno, right.col_offset)
+
+
+def _are_flags(node: ast.expr) -> bool:
+    """Return True for `os.O_RDWR | os.O_CREAT` and the like."""
+    if isinstance(node, ast.BinOp):
+        return isinstance(node.op, ast.BitOr) and _are_flags(node.left) and _are_flags(node.right)
+    return isinstance(node, ast.Attribute) and node.attr.isupper()
 
 
 def _same_comparisons(left: ast.expr, right: ast.expr) -> Iterator[tuple[str, frozenset[str]]]:

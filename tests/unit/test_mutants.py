@@ -148,7 +148,7 @@ LEFT_OUT = """def one(number: int | None, *, seconds=30, rank=0, limit=30) -> in
     if time.monotonic() - began > 60 or total > 60:
         call(timeout=10, size=10, other=text[:200], pause_seconds=2)
         shutil.copyfileobj(open(p, buffering=0), file, 1 << 20)
-    return number | 2
+    return number | 2, os.open(p, os.O_RDWR | os.O_CREAT)
 
 
 class Kind:
@@ -197,6 +197,8 @@ MOST_BYTES = 600
         (8, "2)", "NumberReplacer", None),
         (9, "0)", "NumberReplacer", "buffer"),
         (9, "<<", "ReplaceBinaryOperator_LShift_Add", "buffer"),
+        (10, "| os", "ReplaceBinaryOperator_BitOr_Add", "flags"),
+        (10, "| os", "ReplaceBinaryOperator_BitOr_BitAnd", None),
         (10, "| 2", "ReplaceBinaryOperator_BitOr_Add", None),
         (14, "@", "RemoveDecorator", "decorator"),
         (15, "/,", "ReplaceBinaryOperator_Div_Mul", "signature"),
