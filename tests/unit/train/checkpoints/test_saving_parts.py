@@ -16,6 +16,7 @@ from mixtral_run.errors import WeightsError
 from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.terminal.report import Report
 from mixtral_run.train.checkpoints import (
+    adapter_writer,
     background,
     checkpoint,
     init_adapter,
@@ -342,3 +343,15 @@ def test_a_failure_of_reading_is_raised_and_a_lost_lock_leaves_the_folder(
         with pytest.raises(type(error)):
             target.on_all_ranks(lambda error=error: (_ for _ in ()).throw(error))
         assert target.partial.exists() is not removed
+
+
+def test_items_are_written_in_the_order_of_their_bytes() -> None:
+    def item(dtype: torch.dtype, *sizes: int) -> Any:
+        data = SimpleNamespace(chunk=SimpleNamespace(sizes=sizes), properties=SimpleNamespace(dtype=dtype))
+        return SimpleNamespace(tensor_data=data)
+
+    found = [
+        adapter_writer._num_bytes(item(*given))
+        for given in ((torch.float32, 2, 3), (torch.bfloat16, 5), (torch.uint8,))
+    ]
+    assert found == [24, 10, 1]
