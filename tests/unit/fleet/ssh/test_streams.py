@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
+from unittest.mock import MagicMock
 
 import pytest
 
-from mixtral_run.fleet.ssh import streams
+from mixtral_run.fleet.hosts import Host
+from mixtral_run.fleet.ssh import connection, streams
 from mixtral_run.fleet.ssh.streams import AnswerTooLongError, communicate, drained
 from tests.unit.fleet.ssh.test_calls import piped
 
@@ -83,3 +86,16 @@ def test_a_rest_is_read_up_to_its_bound(monkeypatch: pytest.MonkeyPatch) -> None
         stream: Any = SimpleNamespace(read=read)
         assert drained(stream) is is_end
         assert asked == [100] * reads
+
+
+def test_an_interrupt_ends_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = MagicMock()
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(connection, "_start", lambda *_, **__: process)
+    monkeypatch.setattr(connection, "communicate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        connection.Ssh(Path("known")).run(Host("a", "b"), ["true"])
+    process.kill.assert_called_once_with()
