@@ -34,7 +34,7 @@ ROOMS: dict[str, tuple[str, str]] = {
     ),
     "data_cache": (
         "mixtral_run/train/data/cache",
-        "train/data/test_cache_parts.py train/data/test_examples.py train/data/test_nothing_in_silence.py "
+        "train/data/cache train/data/test_examples.py train/data/test_nothing_in_silence.py "
         "train/data/test_sources.py train/data/test_token_cache.py train/data/test_tokenize.py",
     ),
     "data_check": (

@@ -48,7 +48,11 @@ def test_the_longest_answer_is_taken_and_one_byte_more_is_not(monkeypatch: pytes
 
 def test_the_end_is_waited_for_as_long_as_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 60 s nothing has passed, or 59.5 s, of which a second is waited for at least."""
-    for times, expected in (([100.0, 100.0, 100.0, 100.0, 100.0], 60.0), ([100.0, 101.0, 102.0, 159.5], 1)):
+    for times, expected in (
+        ([100.0, 100.0, 100.0, 100.0, 100.0], 60.0),
+        ([100.0, 101.0, 102.0, 159.5], 1),
+        ([100.0, 159.2, 159.4, 159.5], 1),
+    ):
         left = list(times)
         monkeypatch.setattr(
             streams, "time", SimpleNamespace(monotonic=lambda left=left: left.pop(0) if len(left) > 1 else left[0])
