@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
+from tests.mutants import warm
 from tests.mutants.left_out import KINDS, kind_of, places_of
 from tests.mutants.swap import MOST_EVENTS, LineTrace, exchange, exchange_values, functions_of, statement_lines
 from tests.mutants.warm import runs_product
@@ -212,3 +214,16 @@ def test_changes_that_are_left_out(line: int, part: str, operator: str, kind: st
     column = LEFT_OUT.splitlines()[line - 1].index(part)
     assert kind_of(places_of(LEFT_OUT), (line, column), f"core/{operator}") == kind
     assert kind is None or kind in KINDS
+
+
+@pytest.mark.parametrize(("most", "expected"), [(100, 43), (40, 40), (resource.RLIM_INFINITY, 43)])
+def test_a_test_that_becomes_endless_is_ended_by_its_own_limit(
+    monkeypatch: pytest.MonkeyPatch, most: int, expected: int
+) -> None:
+    """32.5 s were used; the test may take 10 s more, in whole seconds, within the limit of all tests."""
+    limits: list[Any] = []
+    monkeypatch.setattr(warm.resource, "getrusage", lambda _: SimpleNamespace(ru_utime=30.0, ru_stime=2.5))
+    monkeypatch.setattr(warm.resource, "getrlimit", lambda _: (5, most))
+    monkeypatch.setattr(warm.resource, "setrlimit", lambda *given: limits.append(given))
+    warm.limit_cpu(10.0)
+    assert limits == [(resource.RLIMIT_CPU, (expected, most))]
