@@ -19,7 +19,7 @@ KINDS = {
     "decorator": "decorators of classes and `@abstractmethod` describe a class; nothing that runs depends on them",
     "signature": "`*` and `/` between parameters: mypy checks the calls",
     "lower bound": "a length, a count, a rank or a remainder is never below 0, and a number of processes never below 1",
-    "identity": "dtypes and members of an Enum exist once, so that `is` and `==` are the same",
+    "identity": "dtypes, members of an Enum and lengths below 257 exist once, so that `is` and `==` are the same",
     "flags": "flags of a call have different bits, so that `|`, `+` and `^` of two of them are the same",
     "literal": "ruff (F632) refuses `is` with a literal",
     "clock": "two readings of a clock never differ by exactly a limit",
@@ -143,7 +143,7 @@ def _same_comparisons(left: ast.expr, right: ast.expr) -> Iterator[tuple[str, fr
     constants = [each.value for each in (left, right) if isinstance(each, ast.Constant)]
     if isinstance(right, ast.Constant) and type(right.value) is int and _lowest(texts[0]) == right.value:
         yield "lower bound", _AT_BOUND
-    if any(_MEMBER.match(each) or _DTYPE.match(each) or each.startswith("type(") for each in texts):
+    if any(_MEMBER.match(each) or _DTYPE.match(each) or each.startswith(("type(", "len(")) for each in texts):
         yield "identity", _IDENTITY
     if any(isinstance(each, str | bytes) for each in constants):
         yield "literal", _IDENTITY
