@@ -12,7 +12,7 @@ import pytest
 
 from mixtral_run.errors import ConfigError, HostError, MixtralRunError, Stopped, TrainingError
 from mixtral_run.fleet.hosts import Host, parse_host
-from mixtral_run.fleet.jobs import job_log, jobs, lost_hosts
+from mixtral_run.fleet.jobs import job_log, jobs, lost_hosts, run_on_hosts
 from mixtral_run.fleet.jobs.job_log import JobFollower, _HostLog, job_error
 from mixtral_run.fleet.jobs.jobs import JobRow, RunningJob, find_whole_job
 from mixtral_run.fleet.jobs.lost_hosts import HostLost, HostWatch
@@ -355,3 +355,22 @@ def test_a_job_is_stopped_with_time_to_save(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(HostError, match="could not be stopped everywhere") as caught:
         jobs.stop([row(HOSTS[0]), row(HOSTS[1])], ssh)
     assert caught.value.problems == ("gpu-22: last",)
+
+
+@pytest.mark.parametrize(
+    ("error", "least", "left"),
+    [
+        ("lost", 2, ("gpu-1", "gpu-3")),
+        ("lost", 1, ("gpu-1", "gpu-3")),
+        ("lost", 3, None),
+        ("lost", None, None),
+        ("failed", None, ("gpu-1", "gpu-22", "gpu-3")),
+        ("stopped", 1, None),
+    ],
+)
+def test_the_hosts_that_a_job_starts_again_on(error: str, least: int | None, left: tuple[str, ...] | None) -> None:
+    errors = {"lost": HostLost(JOB, HOSTS[1]), "failed": TrainingError("x"), "stopped": Stopped("x")}
+    options: Any = SimpleNamespace(min_hosts=least, inventory=None)
+    assert run_on_hosts._hosts_left(JOB, options, errors[error]) == left
+    alone = RunningJob("job", "finetune", HOSTS[:1])
+    assert run_on_hosts._hosts_left(alone, options, TrainingError("x")) is None
