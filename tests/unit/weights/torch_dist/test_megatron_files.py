@@ -80,7 +80,10 @@ def test_what_megatron_bridge_takes_from_a_checkpoint(tmp_path: Path) -> None:
         "sequence_parallel": True,
     }  # fmt: skip
     write_run_config(tmp_path, TINY, "bfloat16", 2, 3)
-    assert yaml.safe_load((tmp_path / "run_config.yaml").read_text()) == {"model": expected}
+    written = yaml.safe_load((tmp_path / "run_config.yaml").read_text())
+    assert written == {"model": expected}
+    # In the order in which a reader looks for them.
+    assert list(written["model"])[:3] == ["_target_", "num_layers", "hidden_size"]
     # Without a window, on one rank, and with a vocabulary that is padded on three.
     no_window = dataclasses.replace(TINY, sliding_window=None)
     write_run_config(tmp_path, no_window, "float16", 1, 1)
