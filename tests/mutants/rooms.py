@@ -41,7 +41,7 @@ ROOMS: dict[str, tuple[str, str]] = {
         "mixtral_run/train/data/check",
         "train/data/test_check.py train/data/test_check_screen.py train/data/test_preference_records.py",
     ),
-    "data_reading": ("mixtral_run/train/data/reading", "train/data"),
+    "data_reading": ("mixtral_run/train/data/reading", "train/data train/test_preferences.py"),
     "data_templates": ("mixtral_run/train/data/templates", "train/data train/test_example_texts.py"),
     "lr_schedule": ("mixtral_run/train/lr_schedule.py", "train/test_lr_schedule.py"),
     "checkpoints": (

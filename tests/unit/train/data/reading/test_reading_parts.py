@@ -66,13 +66,13 @@ GOOD = '{"instruction": "a", "response": "b"}\n'
 def test_remarks_in_whole_lines(tmp_path: Path) -> None:
     trimmed = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, ' \
               '{"role": "user", "content": "c"}]}\n'  # fmt: skip
-    stream = stream_of(tmp_path, "", GOOD + trimmed, "\n", "3\n" * 12, skip_bad_examples=True)
+    stream = stream_of(tmp_path, "", GOOD + trimmed, "\n", "3\n" * 25, skip_bad_examples=True)
     assert len(list(stream)) == 2 and stream.counts_by_source == [0, 2, 0, 0]
     places = "; ".join(f"line {n} of 3.jsonl: expected a JSON object; found a number" for n in range(1, 11))
     assert stream.remarks_on_content() == [
         "2 files without a record: 0.jsonl, 2.jsonl.",
         "1 conversation does not end with the assistant: what follows its last answer is left out.",
-        f"12 examples left out, as not usable: {places}; and 2 more.",
+        f"25 examples left out, as not usable: {places}; and 15 more.",
     ]
     again = stream_of(tmp_path, *[""] * 11, trimmed * 2 + "3\n", skip_bad_examples=True)
     list(again)
@@ -120,6 +120,15 @@ def test_fields_that_nothing_has(tmp_path: Path, preferences: str | None, method
     list(
         read_examples([str(tmp_path / "0.jsonl")], ReadOptions(fields={"question": "q"}), "valid_data_path").examples()
     )
+
+
+def test_all_sources_that_cannot_be_read_are_reported(tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text("3\n")
+    names = [str(tmp_path / each) for each in ("gone-1.jsonl", "bad.jsonl", "gone-2.jsonl")]
+    with pytest.raises(ConfigError) as caught:
+        list(read_examples(names).examples())
+    text = str(caught.value)
+    assert all(name in text for name in names) and "line 1: expected a JSON object" in text
 
 
 def test_columns_and_records_of_one_name() -> None:
