@@ -378,8 +378,8 @@ def test_hashes_are_kept_of_settled_files_by_state_and_spots(tmp_path: Path, mon
         content_hash.file_sha256(file, tmp_path)
         assert (tmp_path / ".files.json").exists() is kept
     entry = json.loads((tmp_path / ".files.json").read_text())[str(file)]
-    for name, value in (("state", [1]), ("spots", "other"), ("sha256", "KEPT")):
-        (tmp_path / ".files.json").write_text(json.dumps({str(file): {**entry, name: value}}))
+    for name, value in (("state", [1]), ("spots", "~"), ("spots", ""), ("sha256", "KEPT")):
+        (tmp_path / ".files.json").write_text(json.dumps({str(file): {**entry, "sha256": "KEPT", name: value}}))
         assert content_hash.file_sha256(file, tmp_path) == ("KEPT" if name == "sha256" else entry["sha256"])
     for text in ("[]", "[" * 100_000):
         (tmp_path / ".files.json").write_text(text)

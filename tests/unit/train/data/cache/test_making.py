@@ -8,12 +8,16 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 
 from mixtral_run.terminal.report import Report
 from mixtral_run.train.data.cache import cache_folder, cached_examples, content_hash, token_cache
 from mixtral_run.train.data.cache.cache_folder import CacheFolder
 from mixtral_run.train.data.cache.cached_examples import ExampleCaches
+from mixtral_run.train.data.cache.token_arrays import EncodedChunk
+from mixtral_run.train.data.cache.token_cache import CacheWriter
+from mixtral_run.train.data.templates.encoded import EncodedExample
 
 
 @contextlib.contextmanager
@@ -87,3 +91,24 @@ def test_sizes_and_times() -> None:
     assert (token_cache.CHECKED_BYTES, cache_folder.NAME_LENGTH, cache_folder.NUM_LOCKS) == (8_589_934_592, 32, 64)
     assert cache_folder._stuck(Path("lock"), "half", 6000.0).found == "none for 100 minutes (half)"
     assert (content_hash.SPOT_BYTES, content_hash.SETTLED_SECONDS, content_hash.MOST_FILES) == (65_536, 2.0, 1000)
+
+
+def test_a_cache_is_known_by_its_key_in_any_order_and_may_be_empty(tmp_path: Path) -> None:
+    """Of no examples the highest id is 0, as of those with the id 0 alone."""
+    folder = CacheFolder(tmp_path, 10**9, 60.0)
+    first = folder.open_or_make({"a": 1, "b": {"c": 2, "d": 3}}, lambda *_: {}, Report.silent(), verify=True)
+    assert (len(first.arrays), first.arrays.highest_id, first.arrays.place_offsets.tolist()) == (0, 0, [0])
+
+    def refuse(*_: object) -> Any:
+        raise AssertionError("it was to be found")
+
+    again = folder.open_or_make({"b": {"d": 3, "c": 2}, "a": 1}, refuse, Report.silent(), verify=True)
+    assert again.folder == first.folder
+
+    def fill(writer: CacheWriter, _: object) -> dict[str, Any]:
+        for tokens in ([5, 3], [0, 2]):
+            chunk = EncodedChunk.of([EncodedExample(np.asarray(tokens, np.int32), ())])
+            writer.add(chunk, np.asarray([1], np.uint64), ["p"])
+        return {}
+
+    assert folder.open_or_make({"x": 1}, fill, Report.silent(), verify=True).arrays.highest_id == 5

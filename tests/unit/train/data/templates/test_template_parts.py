@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +14,14 @@ import pytest
 from mixtral_run.errors import WeightsError
 from mixtral_run.train.data.reading.example import ASSISTANT, USER, Example, Message
 from mixtral_run.train.data.reading.example_problem import ExampleProblem
-from mixtral_run.train.data.templates import chat_template, encoding, jinja_template, prompt, word_cache
+from mixtral_run.train.data.templates import (
+    chat_template,
+    encoding,
+    jinja_template,
+    prompt,
+    template_sandbox,
+    word_cache,
+)
 from mixtral_run.train.data.templates.chat_template import ChatTemplate
 from mixtral_run.train.data.templates.encoding import content_digest
 from mixtral_run.train.data.templates.word_cache import WordCache
@@ -209,3 +218,45 @@ def test_messages_as_templates_read_them() -> None:
     assert jinja_template._mapped(given, str.upper) == {
         "role": "r", "x": ["A", ("B", 3)], "y": {"role": "r", "z": "C"},
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "limit"),
+    [
+        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, 3 * resource.getpagesize() + 2_147_483_648),
+        (1000, resource.RLIM_INFINITY, 1000),
+        (resource.RLIM_INFINITY, 2000, 2000),
+        (2**40, 2**41, 3 * resource.getpagesize() + 2_147_483_648),
+    ],
+)
+def test_the_memory_of_a_rendering(monkeypatch: pytest.MonkeyPatch, soft: int, hard: int, limit: int) -> None:
+    """Of this process three pages are used; a rendering may take 2 GiB more, but never more than there was before."""
+    asked: list[Any] = []
+    monkeypatch.setattr(template_sandbox.Path, "read_text", lambda _: "3 2 1\n")
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda *given: asked.append(given))
+    with template_sandbox._bounded_memory():
+        assert asked == [(resource.RLIMIT_AS, (limit, hard))]
+    assert asked[1:] == [(resource.RLIMIT_AS, (soft, hard))]
+
+
+def test_the_time_of_a_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five seconds of processor time, in the main thread only; then the timer is off and the handler as before."""
+    asked: list[Any] = []
+    monkeypatch.setattr(template_sandbox.signal, "signal", lambda *given: asked.append(given) or "before")
+    monkeypatch.setattr(template_sandbox.signal, "setitimer", lambda *given: asked.append(given))
+    with template_sandbox._bounded_time():
+        (number, interrupt), timer = asked
+        assert number == signal.SIGVTALRM and timer == (signal.ITIMER_VIRTUAL, 5.0)
+        with pytest.raises(template_sandbox.TooLong):
+            interrupt(0, None)
+    assert asked[2:] == [(signal.ITIMER_VIRTUAL, 0), (signal.SIGVTALRM, "before")]
+    asked.clear()
+    monkeypatch.setattr(template_sandbox.threading, "current_thread", lambda: "another")
+    with template_sandbox._bounded_time():
+        assert asked == []
+    assert template_sandbox.LONGEST_TEMPLATE == 1_000_000
+
+
+def test_characters_of_values() -> None:
+    assert template_sandbox._num_characters({"ab": ["c", ("def", 5)], "x": None}) == 2 + 1 + 3 + 8 + 1 + 8
