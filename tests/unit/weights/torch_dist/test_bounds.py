@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import random
 import zipfile
 from itertools import product
+from pathlib import Path
 
 import pytest
+import torch
 
 from mixtral_run.weights.torch_dist import chunk_grid, restricted_pickle
 from mixtral_run.weights.torch_dist.chunk_grid import are_disjoint_within, whole_numbers
@@ -146,3 +149,28 @@ def test_errors_of_torch_are_told_without_its_advice() -> None:
     assert type(plain) is pickle.UnpicklingError
     assert str(plain) == "its pickle holds more than a tensor, or is damaged"
     assert DisallowedGlobalError("a\x1bb").name == "'a\\x1bb'" and DisallowedGlobalError("x" * 300).name == "x" * 200
+
+
+class Runs:
+    """An object whose pickle makes a folder when it is loaded without restrictions."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_nothing_that_a_tensors_file_asks_for_is_run(tmp_path: Path, device: str) -> None:
+    trap = tmp_path / "trap"
+    torch.save({"tensor": torch.zeros(2), "runs": Runs(str(trap))}, tmp_path / "item")
+    with (tmp_path / "item").open("rb") as stream, pytest.raises(DisallowedGlobalError) as caught:
+        restricted_pickle.load_tensor(stream, device)
+    assert caught.value.name == "posix.mkdir" and not trap.exists()
+    with pytest.raises(DisallowedGlobalError):
+        restricted_pickle.load_without_elements(tmp_path / "item")
+    assert not trap.exists()
+    # What the trap does where nothing holds it back: the test above can fail.
+    pickle.loads(pickle.dumps(Runs(str(trap))))
+    assert trap.is_dir()
