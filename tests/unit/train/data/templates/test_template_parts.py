@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from mixtral_run.errors import WeightsError
+from mixtral_run.errors import ConfigError, WeightsError
 from mixtral_run.train.data.reading.example import ASSISTANT, USER, Example, Message
 from mixtral_run.train.data.reading.example_problem import ExampleProblem
 from mixtral_run.train.data.templates import (
@@ -260,3 +262,35 @@ def test_the_time_of_a_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_characters_of_values() -> None:
     assert template_sandbox._num_characters({"ab": ["c", ("def", 5)], "x": None}) == 2 + 1 + 3 + 8 + 1 + 8
+
+
+def played_template(blocks: list[str], generated: list[tuple[int, int]]) -> Any:
+    """A template that writes these blocks, and notes these places."""
+
+    @contextlib.contextmanager
+    def tracker(_: list[str], places: list[tuple[int, int]]) -> Any:
+        places += generated
+        yield
+
+    found: Any = object.__new__(template_sandbox.SandboxedTemplate)
+    found._special_tokens, found._where = {"bos_token": "<s>"}, "where"
+    environment = SimpleNamespace(activate_tracker=tracker)
+    found._template = SimpleNamespace(environment=environment, generate=lambda **_: iter(blocks))
+    return found
+
+
+def test_a_rendering_has_its_blocks_in_order_and_an_end() -> None:
+    """A million characters, and 64 for each character of the messages and tools, of which there are 9 here."""
+    messages, tools = [{"role": "a"}], [{"b": "cde"}]
+    longest = 1_000_000 + 64 * 9
+    found = played_template(["x" * longest], [(5, 7), (3, 3), (1, 4), (300, 300)]).render(
+        messages, tools, add_generation_prompt=False
+    )
+    assert len(found.text) == longest and found.generated == ((1, 4), (5, 7))
+    with pytest.raises(ConfigError, match="output"):
+        played_template(["x" * longest, "y"], []).render(messages, tools, add_generation_prompt=False)
+
+
+def test_a_template_file_that_is_gone_has_no_content(tmp_path: Path) -> None:
+    (tmp_path / "there").write_bytes(b"abc")
+    assert encoding._content(tmp_path / "there") == b"abc" and encoding._content(tmp_path / "gone") == b""
