@@ -294,3 +294,14 @@ def test_a_rendering_has_its_blocks_in_order_and_an_end() -> None:
 def test_a_template_file_that_is_gone_has_no_content(tmp_path: Path) -> None:
     (tmp_path / "there").write_bytes(b"abc")
     assert encoding._content(tmp_path / "there") == b"abc" and encoding._content(tmp_path / "gone") == b""
+
+
+@pytest.mark.parametrize("error", [OSError("no /proc"), ValueError("not allowed")])
+def test_a_system_without_limits_renders_without_them(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    with template_sandbox._bounded_memory():
+        rendered = True
+    assert rendered
