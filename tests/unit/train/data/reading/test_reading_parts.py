@@ -33,6 +33,7 @@ from mixtral_run.train.data.reading.formats import format_of
         (r'"\\ud800 \ud800"', 10),
         (r'"\n\t\uDBFF"', 6),
         (r'"\udbff\ue000"', 2),
+        (r'"\udc01\udc02\ud800"', None),  # three halves
         (r'"\ud800\udbff"', None),
         ("", None),
         (None, None),
