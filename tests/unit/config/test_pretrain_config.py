@@ -31,6 +31,8 @@ def test_defaults_follow_from_save() -> None:
         ({"keep_last": 2}, "--keep-last"),
         ({"valid_data_path": ("v.jsonl",)}, "--valid-data-path"),
         ({"skip_bad_steps": 1}, "--skip-bad-steps"),
+        ({"save_interval": 5}, "--save-interval"),
+        ({"report_prompts": 1}, "--report-prompts"),
         ({"save_in_background": False}, "--no-save-in-background"),
         ({"offload_optimizer": True}, "--offload-optimizer"),
         ({"save": Path("tuned"), "optimizer": "sgd"}, "--optimizer"),
