@@ -274,6 +274,18 @@ class RunConfig(CheckpointConfig, TrainingConfig):
             found.append("--valid-fraction and --valid-data-path: expected one of them; found both")
         if self.valid_fraction and self.mock_data:
             found.append("--valid-fraction: expected --data-path; found --mock-data")
+        if self.save is not None and not self.has_validation:
+            ignored = {
+                "--eval-interval": self.eval_interval != RunConfig.eval_interval,
+                "--report-prompts": self.report_prompts not in (0, RunConfig.report_prompts),
+                "--report-tokens": self.report_tokens != RunConfig.report_tokens,
+            }
+            found += [
+                f"{flag}: expected --valid-data-path or --valid-fraction with it; found neither, so that it would be "
+                "ignored"
+                for flag, is_given in ignored.items()
+                if is_given
+            ]
         if self.early_stopping_patience and not self.has_validation:
             found.append(
                 "--early-stopping-patience: expected --valid-data-path or --valid-fraction, whose loss decides; found "
