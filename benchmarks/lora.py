@@ -53,6 +53,7 @@ def build_ours(
     base_precision: str,
     modules: tuple[str, ...] = MODULES,
     kernels: str = "auto",
+    attention_precision: str = "bf16",
 ) -> Any:
     """Mixtral's full width with random weights and adapters on the modules, in training mode."""
     import dataclasses
@@ -65,7 +66,9 @@ def build_ours(
 
     architecture = dataclasses.replace(MIXTRAL_8X7B, num_layers=layers)
     lora = LoraSettings(RANK, 32.0, 0.0, modules, 1) if modules else None
-    settings = ModelSettings(torch.bfloat16, True, lora, recompute, base_precision, kernels)
+    settings = ModelSettings(
+        torch.bfloat16, True, lora, recompute, base_precision, kernels, attention_precision=attention_precision
+    )
     model = build_model(architecture, settings, mesh).train()
 
     def fill(part: str) -> None:
@@ -75,6 +78,7 @@ def build_ours(
                     parameter.normal_(0.0, 0.02)
 
     fill("")
+    model.quantize_attention()
     model.quantize_experts(lambda: fill(".experts."))
     return model
 
