@@ -90,6 +90,11 @@ class FrozenRowLinear(RowParallelLinear):
 class OutputLayer(FrozenColumnLinear):
     """The output layer of a GPTModel."""
 
+    def quantize(self) -> None:
+        """Replace the weight by its values and scales in 8 bit."""
+        self.quantized = EightBitWeight.of(self.weight.detach(), uneven_gradients=True)
+        self.weight = None
+
     def forward(
         self, hidden: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor, None]:

@@ -9,6 +9,11 @@ Both are torch._scaled_mm with a scale for each row and column: cuBLAS's product
 takes operands that are contiguous along the sum. So there is a second, transposed copy of the weight. Both copies take
 the memory of bf16, 2.9 GB for Mixtral 8x7B. On a CPU the weight is dequantized and multiplied, and activations are not
 quantized. Other GPUs are refused when the model is built (requirements.py).
+
+Hopper sums products of 8 bit in 22 bits, and drops what is below 2⁻¹³ of the largest addend. Sums over 4,096 to 6,144
+addends of one size lose 0.2 % by it. The gradient of the logits has one large number and many small ones in each row,
+which would be dropped, up to a fifth of the result. So the gradient of the output layer asks cuBLAS to move its sums to
+fp32 again and again (use_fast_accum=False), as torchao does for all gradients.
 """
 
 from __future__ import annotations
@@ -30,7 +35,7 @@ class EightBitWeight(torch.nn.Module):
     """A frozen weight [out, in] in 8 bit.
 
     values: float8 e4m3 [out, in]; scales: fp32 [1, out]; transposed: the values as [in, out], and ones: fp32 [1, in],
-    both on GPUs only.
+    both on GPUs only. uneven_gradients: gradients have numbers of very different magnitude in a row.
     """
 
     values: Tensor
@@ -38,8 +43,9 @@ class EightBitWeight(torch.nn.Module):
     transposed: Tensor | None
     ones: Tensor | None
 
-    def __init__(self, values: Tensor, scales: Tensor) -> None:
+    def __init__(self, values: Tensor, scales: Tensor, *, uneven_gradients: bool = False) -> None:
         super().__init__()
+        self.uneven_gradients = uneven_gradients
         self.register_buffer("values", values)
         self.register_buffer("scales", scales[None])
         multiplies = in_8_bit(values)
@@ -49,7 +55,9 @@ class EightBitWeight(torch.nn.Module):
         self.register_buffer("ones", torch.ones(1, values.shape[1], device=values.device) if multiplies else None)
 
     @classmethod
-    def of(cls, weight: Tensor, group: dist.ProcessGroup | None = None) -> EightBitWeight:
+    def of(
+        cls, weight: Tensor, group: dist.ProcessGroup | None = None, *, uneven_gradients: bool = False
+    ) -> EightBitWeight:
         """Quantize a weight [out, in].
 
         group: of the ranks that each hold some columns of every row. A row then has one scale in all of them, so that
@@ -63,7 +71,7 @@ class EightBitWeight(torch.nn.Module):
         for begin in range(0, weight.shape[0], ROWS_AT_ONCE):
             part = slice(begin, begin + ROWS_AT_ONCE)
             values[part], scales[part] = quantize(weight[part], largest[part])
-        return cls(values, scales)
+        return cls(values, scales, uneven_gradients=uneven_gradients)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """Return the numbers of the weight, [out, in]."""
@@ -73,14 +81,14 @@ class EightBitWeight(torch.nn.Module):
         """Return rows [tokens, in] · weightᵀ, [tokens, out]."""
         if not in_8_bit(rows):
             return rows @ self.dequantized(rows.dtype).t()
-        return _scaled_product(rows, None, self.values, self.scales)
+        return _scaled_product(rows, None, self.values, self.scales, fast=True)
 
     def gradient(self, gradient: Tensor) -> Tensor:
         """Return gradient [tokens, out] · weight, [tokens, in]."""
         if not in_8_bit(gradient):
             return gradient @ self.dequantized(gradient.dtype)
         assert self.transposed is not None and self.ones is not None
-        return _scaled_product(gradient, self.scales, self.transposed, self.ones)
+        return _scaled_product(gradient, self.scales, self.transposed, self.ones, fast=not self.uneven_gradients)
 
 
 Frozen = Tensor | EightBitWeight
@@ -120,9 +128,9 @@ class _EightBitLinear(torch.autograd.Function):
         return ctx.weight.gradient(gradients[0]) if ctx.needs_input_grad[0] else None, None
 
 
-def _scaled_product(rows: Tensor, columns: Tensor | None, matrix: Tensor, scales: Tensor) -> Tensor:
+def _scaled_product(rows: Tensor, columns: Tensor | None, matrix: Tensor, scales: Tensor, *, fast: bool) -> Tensor:
     """Return rows [tokens, k], times columns fp32 [1, k] if given, · matrixᵀ, 8 bit [n, k], times scales fp32 [1, n]:
-    bf16 [tokens, n].
+    bf16 [tokens, n]. fast: all sums in 22 bits.
     """
     from mixtral_run.model.kernels.quantized.quantized_mm_triton import quantize_rows
 
@@ -130,6 +138,6 @@ def _scaled_product(rows: Tensor, columns: Tensor | None, matrix: Tensor, scales
     # The second operand is column-major, and there is one fp32 scale for each row and each column
     # (ATen/native/cuda/ScaledBlas.cpp in torch 2.11 to 2.13). Any number of rows will do.
     output: Tensor = torch._scaled_mm(
-        small, matrix.t(), row_scales[:, None], scales, out_dtype=torch.bfloat16, use_fast_accum=True
+        small, matrix.t(), row_scales[:, None], scales, out_dtype=torch.bfloat16, use_fast_accum=fast
     )
     return output

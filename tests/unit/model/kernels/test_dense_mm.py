@@ -86,10 +86,11 @@ def test_without_a_gpu_products_are_those_of_the_dequantized_weight() -> None:
 
 
 @pytest.fixture
-def as_if_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+def as_if_on_hopper(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Take the path of the 8-bit products, with stand-ins in float64 for the kernel and for torch._scaled_mm, whose own
-    meta kernel checks the arguments.
+    meta kernel checks the arguments. Return a list that gets use_fast_accum of each product.
     """
+    fast: list[object] = []
 
     def quantize_rows(rows: Tensor, columns: Tensor | None, offsets: None) -> tuple[Tensor, Tensor]:
         assert offsets is None and rows.is_contiguous() and rows.dtype is torch.bfloat16
@@ -102,6 +103,7 @@ def as_if_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     def scaled_mm(left: Tensor, right: Tensor, left_scales: Tensor, right_scales: Tensor, **words: object) -> Tensor:
         # A copy to another device would lose the strides, which are to be checked.
         shapes = left.to("meta"), right.t().to("meta").t(), left_scales.to("meta"), right_scales.to("meta")
+        fast.append(words["use_fast_accum"])
         assert left_scales.is_contiguous() and right_scales.is_contiguous()
         shape = original(*shapes, **words).shape  # type: ignore[arg-type]
         codes = e4m3()
@@ -115,9 +117,10 @@ def as_if_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mixtral_run.model.kernels.quantized.quantized_mm_triton", kernels)
     monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
     monkeypatch.setattr(dense_mm, "in_8_bit", lambda _: True)
+    return fast
 
 
-def test_8_bit_products_are_those_of_rounded_rows(as_if_on_hopper: None) -> None:
+def test_8_bit_products_are_those_of_rounded_rows(as_if_on_hopper: list[object]) -> None:
     weight = EightBitWeight.of(drawn(48, 80))
     rows, factors = (drawn(6, width, seed=2).view(3, 2, width).bfloat16() for width in (80, 48))
     found = results(lambda each: eight_bit_linear(each, weight), rows, factors)
@@ -126,11 +129,20 @@ def test_8_bit_products_are_those_of_rounded_rows(as_if_on_hopper: None) -> None
     codes = numbers / scales.t()
     expected = rounded(rows.double()) @ numbers.t(), rounded(factors.double() * scales) @ codes
     plain = rows.double() @ numbers.t(), factors.double() @ numbers
+    assert as_if_on_hopper == [True, True]
     for mine, exact, near in zip(found, expected, plain, strict=True):
         assert mine.dtype is torch.bfloat16 and mine.shape == exact.shape
         # In each row: a number in the middle of two codes may go to either.
         assert float(((mine.double() - exact).norm(dim=-1) / exact.norm(dim=-1)).max()) < 0.01
         assert 0.015 < float((mine.double() - near).norm() / near.norm()) < 0.05
+
+
+def test_the_gradient_of_the_logits_is_not_summed_in_few_bits(mesh: Mesh, as_if_on_hopper: list[object]) -> None:
+    model = model_of(mesh, "fp8")
+    rows = torch.randn(4, 1, SMALL.hidden_size).bfloat16().requires_grad_(True)
+    model.gpt.output_layer(rows)[0].sum().backward()
+    model.gpt.decoder.layers[0].self_attention.linear_qkv.base_output(rows).sum().backward()
+    assert as_if_on_hopper == [True, False, True, True]
 
 
 def model_of(
