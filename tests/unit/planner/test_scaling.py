@@ -137,7 +137,7 @@ def test_what_attention_in_8_bit_saves_is_a_prediction() -> None:
 
 
 def test_a_plan_for_a_gpu_without_the_products_is_refused() -> None:
-    error = CliRunner().invoke(root, ["plan", "--gpu", "a100", "--attention-precision", "fp8"]).exception
+    error = CliRunner().invoke(root, ["plan", "--gpu", "a100-80g", "--attention-precision", "fp8"]).exception
     assert isinstance(error, ConfigError)
     assert [each.split(" (")[0] for each in error.problems] == [
         "--attention-precision fp8: expected GPUs of compute capability 9.0"
