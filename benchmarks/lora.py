@@ -54,6 +54,7 @@ def build_ours(
     base_precision: str,
     modules: tuple[str, ...] = MODULES,
     kernels: str = "auto",
+    attention_precision: str = "bf16",
 ) -> Any:
     """Mixtral's full width with random weights and adapters on the modules, in training mode."""
     import dataclasses
@@ -66,9 +67,10 @@ def build_ours(
 
     architecture = dataclasses.replace(MIXTRAL_8X7B, num_layers=layers)
     lora = LoraSettings(RANK, 32.0, 0.0, modules, 1) if modules else None
-    return random_model(
-        architecture, ModelSettings(torch.bfloat16, True, lora, recompute, base_precision, kernels), mesh
+    settings = ModelSettings(
+        torch.bfloat16, True, lora, recompute, base_precision, kernels, attention_precision=attention_precision
     )
+    return random_model(architecture, settings, mesh)
 
 
 def random_model(architecture: Any, settings: Any, mesh: Any) -> Any:
@@ -86,6 +88,7 @@ def random_model(architecture: Any, settings: Any, mesh: Any) -> Any:
                     parameter.normal_(0.0, 0.02)
 
     fill("")
+    model.quantize_attention()
     model.quantize_experts(lambda: fill(".experts."))
     return model
 

@@ -1,6 +1,7 @@
 """Our side alone, many cases from one built model: recomputation, length and packing, at one precision of the base.
 
-    python -m benchmarks.modes [--layers 32] [--base-precision bf16|fp8|nf4] [--cases 2048x1:none,8192x1:selective,…]
+    python -m benchmarks.modes [--layers 32] [--base-precision bf16|fp8|nf4] [--attention-precision bf16|fp8]
+        [--cases 2048x1:none,8192x1:selective,…]
 
 A case is SEQxMICRO:RECOMPUTE, with :pack behind it for packed rows of samples between 64 and 512 tokens, or :chunks4
 for experts that compute the tokens in 4 chunks. Building at full size takes longer than a case, so that this is the way
@@ -97,6 +98,7 @@ def run_case(model: Any, kept: list[Any], case: str, arguments: argparse.Namespa
         seq_length=seq,
         micro_batch_size=micro,
         expert_bytes=EXPERT_BYTES.get(arguments.base_precision, 2),
+        attention_precision=arguments.attention_precision,
     )
     layout = Layout(1, 1, recompute, 1, chunks)
     return {
@@ -113,6 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--base-precision", default="bf16", choices=("bf16", "fp8", "nf4"))
+    parser.add_argument("--attention-precision", default="bf16", choices=("bf16", "fp8"))
     parser.add_argument("--kernels", default="auto", choices=("auto", "portable", "hopper"))
     parser.add_argument("--cases", default=CASES)
     parser.add_argument("--steps", type=int, default=5)
@@ -129,7 +132,15 @@ def main() -> None:
 
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cuda")
     with open_mesh(config) as mesh:
-        model = build_ours(arguments.layers, mesh, "none", arguments.base_precision, kernels=arguments.kernels)
+        model = build_ours(
+            arguments.layers,
+            mesh,
+            "none",
+            arguments.base_precision,
+            kernels=arguments.kernels,
+            attention_precision=arguments.attention_precision,
+        )
+        named = {"base": arguments.base_precision, "attention": arguments.attention_precision}
         # On the host: the peaks are those of a run.
         kept = [parameter.detach().cpu() for parameter in trainable(model)]
         for case in arguments.cases.split(","):
@@ -141,10 +152,7 @@ def main() -> None:
                 parameter.grad = None
             gc.collect()
             torch.cuda.empty_cache()
-            print(
-                json.dumps({"case": case, "base": arguments.base_precision, "kernels": arguments.kernels, **result}),
-                flush=True,
-            )
+            print(json.dumps({"case": case, **named, "kernels": arguments.kernels, **result}), flush=True)
 
 
 if __name__ == "__main__":

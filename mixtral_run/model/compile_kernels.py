@@ -121,6 +121,12 @@ def weight_calls(experts: int, capability: Capability) -> Iterator[Call]:
 
     row_scales, source = tensor(rows, dtype=fp32), tensor(rows, dtype=torch.int64)
     yield partial(quantized_mm_triton.quantize_rows, tensor(TOKENS, hidden), None, offsets, source)
+    if experts == MIXTRAL_8X7B.num_experts:
+        # Attention and the output layer in 8 bit (dense_mm.py).
+        yield partial(quantized_mm_triton.quantize_rows, tensor(TOKENS, hidden), None, None)
+        for width in (MIXTRAL_8X7B.qkv_size, hidden, MIXTRAL_8X7B.vocab_size):
+            columns = tensor(1, width, dtype=fp32)
+            yield partial(quantized_mm_triton.quantize_rows, tensor(TOKENS, width), columns, None)
     for outputs, inputs in ((2 * ffn, hidden), (hidden, ffn)):
         small, values = tensor(rows, inputs, dtype=fp8), tensor(experts, outputs, inputs, dtype=fp8)
         back, scales = tensor(rows, outputs, dtype=fp8), tensor(experts, outputs, dtype=fp32)

@@ -16,6 +16,8 @@ MEASURED_RATES = {
 }  # fmt: skip
 """Tokens per second of one GPU at 2,048 x 1 without recomputation, from docs/benchmarks.md, by --gpu and
 --base-precision."""
+ATTENTION_SAVES = 1.95e-6
+"""Seconds of a token that --attention-precision fp8 saves, as predicted for H200 in docs/lab_notes/2026-11-speed.md."""
 MICRO_BATCHES = (1, 8)
 """Micro batches of each rank in a step, for which the table has columns."""
 
@@ -57,6 +59,8 @@ def scaling(config: PlanConfig, workload: Workload, best: Choice) -> Scaling:
     if rate is None:
         measured = MEASURED_RATES.get((config.gpu or "", config.base_precision))
         source = "benchmarks" if measured is not None else "unknown"
+        if measured is not None and config.attention_precision == "fp8":
+            measured = 1 / (1 / measured - ATTENTION_SAVES)
         rate = (
             measured * best.relative_speed * rate_by_tokens(workload.tokens(best.layout))
             if measured is not None
@@ -114,6 +118,8 @@ def show_scaling(config: PlanConfig, workload: Workload, best: Choice) -> None:
         )
         return
     origin = "given" if found.rate_source == "flag" else "measured on one GPU, times the estimated speed of the layout"
+    if found.rate_source != "flag" and config.attention_precision == "fp8":
+        origin += ", with attention in bf16; what fp8 saves is predicted"
     report.say(
         "speed: of a host among them, relative to one alone, by the micro batches of a step; in brackets the limit if "
         "the exchange overlapped the last backward pass"

@@ -12,12 +12,13 @@ from mixtral_run.config.data import METHODS
 from mixtral_run.config.fields import DATA, LAYOUT, MEMORY, OUTPUT, PREFERENCES, flag_of, setting
 from mixtral_run.config.gpus import DEFAULT_MEMORY_GIB, GPU_MODELS, GPUS_PER_HOST
 from mixtral_run.config.launch import KernelsConfig
-from mixtral_run.config.lora import LORA_SHAPE, LoraShapeConfig
+from mixtral_run.config.lora import LORA_SHAPE
+from mixtral_run.config.precision import AttentionPrecisionConfig
 from mixtral_run.config.verbs.align import rows_per_sample
 from mixtral_run.config.verbs.training import BASE_PRECISIONS
 
 DEFAULT_NETWORK = "400Gb"
-_NOT_FULL = ("method", "base_precision", "expert_chunks", "tokens_per_second", "network")
+_NOT_FULL = ("method", "base_precision", "attention_precision", "expert_chunks", "tokens_per_second", "network")
 
 
 def network_bytes(text: str) -> float:
@@ -29,7 +30,7 @@ def network_bytes(text: str) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig(KernelsConfig, LoraShapeConfig, ContextConfig):
+class PlanConfig(KernelsConfig, AttentionPrecisionConfig, ContextConfig):
     """Memory of each layout, computed before anything runs."""
 
     gpus: int = setting(8, help="GPUs of the job; with --hosts, of each host.", minimum=1, section=LAYOUT)

@@ -12,6 +12,7 @@ from mixtral_run.config.data import DataConfig
 from mixtral_run.config.fields import DATA, LAYOUT, LORA, MEMORY, OPTIMIZER, OUTPUT, Config, setting
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.lora import LoraConfig
+from mixtral_run.config.precision import AttentionPrecisionConfig
 from mixtral_run.config.schedule import ScheduleConfig
 
 BASE_PRECISIONS = ("bf16", "fp8", "nf4")
@@ -300,7 +301,7 @@ def can_resume(settings: Mapping[str, Any]) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(LoraConfig, ContextLaunchConfig, RunConfig):
+class FinetuneConfig(LoraConfig, AttentionPrecisionConfig, ContextLaunchConfig, RunConfig):
     """LoRA fine-tuning of a base model."""
 
     VERB: ClassVar[str] = "finetune"

@@ -44,6 +44,7 @@ with _uncompiled():
         all_to_all,
         copy_to_tensor_model_parallel_region,
         gather_from_sequence_parallel_region,
+        gather_from_tensor_model_parallel_region,
         reduce_from_tensor_model_parallel_region,
         reduce_scatter_to_sequence_parallel_region,
     )
@@ -74,6 +75,7 @@ __all__ = [
     "apply_prefix_mapping",
     "copy_to_tensor_model_parallel_region",
     "gather_from_sequence_parallel_region",
+    "gather_from_tensor_model_parallel_region",
     "initialize_rng_tracker",
     "is_main_replica",
     "make_sharded_tensors_for_checkpoint",

@@ -113,6 +113,16 @@ def test_recomputing_and_micro_batches_change_nothing(case: str, variant: str, r
         assert norm == pytest.approx(expected_norm, rel=1e-4)
 
 
+@pytest.mark.parametrize("case", VARIED)
+def test_attention_in_8_bit_is_the_same_in_every_layout(case: str, results: dict[str, Any]) -> None:
+    found, reference = results[case]["attention_fp8"], results["1:1x1"]["attention_fp8"]
+    plain = results["1:1x1"]["figures"]
+    for (loss, norm), expected, (near, _) in zip(found["figures"], reference["figures"], plain[:2], strict=True):
+        assert (loss, norm) == (pytest.approx(expected[0], abs=3e-6), pytest.approx(expected[1], rel=1e-4))
+        assert 1e-5 < abs(loss - near) < 0.1
+    torch.testing.assert_close(torch.tensor(found["logits"]), torch.tensor(reference["logits"]), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("case", [case for case in VARIED if case in SPREAD])
 def test_gathered_tokens_give_what_rows_sent_one_by_one_give(case: str, results: dict[str, Any]) -> None:
     """Also where there is too little room, and the step is taken again."""

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from mixtral_run.cli.main import root
 from mixtral_run.config.verbs.plan import PlanConfig, network_bytes
+from mixtral_run.errors import ConfigError
 from mixtral_run.planner.scaling import Exchange, exchange, shown_hosts
 from mixtral_run.planner.scaling_table import MEASURED_RATES, scaling
 from mixtral_run.planner.table import planned_gpu, ranked, workload_of
@@ -123,6 +124,24 @@ def test_without_a_known_rate_there_are_no_speeds() -> None:
     shown = plan("--gpu", "b200", "--hosts", "2")
     assert "give --tokens-per-second" in shown and "400Gb a host" in shown and "micro batch" not in shown
     assert "hosts" not in plan("--gpu", "h200").splitlines()[0]
+
+
+def test_what_attention_in_8_bit_saves_is_a_prediction() -> None:
+    words = ("--gpu", "h200", "--base-precision", "fp8", "--seq-length", "2048", "--hosts", "2")
+    without = values(*words)["tokens_per_second"]
+    found = values(*words, "--attention-precision", "fp8")["tokens_per_second"]
+    # 4 of the 160.9 ms of 2,048 tokens.
+    assert found == pytest.approx(without * 160.9 / 156.9, rel=2e-3)
+    assert "what fp8 saves is predicted" in plan(*words, "--attention-precision", "fp8")
+    assert "predicted" not in plan(*words)
+
+
+def test_a_plan_for_a_gpu_without_the_products_is_refused() -> None:
+    error = CliRunner().invoke(root, ["plan", "--gpu", "a100-80g", "--attention-precision", "fp8"]).exception
+    assert isinstance(error, ConfigError)
+    assert [each.split(" (")[0] for each in error.problems] == [
+        "--attention-precision fp8: expected GPUs of compute capability 9.0"
+    ]
 
 
 def values(*words: str) -> Any:

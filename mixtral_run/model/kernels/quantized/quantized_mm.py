@@ -49,14 +49,17 @@ KEPT_AS = {"fp8": 1, "nf4": 1}
 """Version of the numbers that `quantize_to` returns. Files store them: raise it whenever the numbers change."""
 
 
-def quantize(tensor: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(tensor: Tensor, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Quantize along the last dimension: return values in 8 bit and scales, fp32, without that dimension.
 
-    The result is the same on every device, bit for bit.
+    The result is the same on every device, bit for bit. largest: fp32, the largest magnitude of each row, if `tensor`
+    has only a part of it.
     """
     exact = tensor.float()
+    if largest is None:
+        largest = exact.abs().amax(-1)
     # Multiply by the reciprocal explicitly: a GPU would do so for a division by a constant, and a CPU would not.
-    scales = exact.abs().amax(-1).clamp(min=TINY) * (1 / LARGEST)
+    scales = largest.clamp(min=TINY) * (1 / LARGEST)
     return (exact / scales[..., None]).clamp(-LARGEST, LARGEST).to(FP8), scales
 
 
