@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 PARTS = {
-    "experts' products": r"^(un)?transposed$|_grouped_product_kernel|_tiled_product_kernel|_gradient_kernel|_scaled_gr"
+    "experts' products": r"^(un)?transposed$|_grouped_product_kernel|_tiled_product_kernel|_scaled_gr"
     r"|GroupProblemShape|grouped|_expand_\d_bits|_transpose_kernel",
     "adapters of the experts": r"_narrow_",
     "SwiGLU": r"_swiglu_|_over_blocks_",

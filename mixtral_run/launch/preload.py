@@ -28,7 +28,6 @@ try:
 
     if torch.version.cuda is not None:
         with contextlib.suppress(ImportError):
-            import triton
-            import triton.experimental.gluon  # noqa: F401
+            import triton  # noqa: F401
 finally:
     signal.signal(signal.SIGINT, _handler)

@@ -11,8 +11,6 @@ from mixtral_run.model.kernels.quantized.quantized_mm import (
     quantize,
     quantized_linear,
     quantized_with_inner,
-    reads_untransposed,
-    scaled_product,
 )
 from tests.support.references.experts_reference import ROUTINGS
 
@@ -116,37 +114,6 @@ def test_tiles_give_what_torchs_product_gives(routing: tuple[int, ...], with_sca
     )
     found = tiled_product(rows, values, row_scales, scales if with_scales else None, offsets)
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=float(expected.abs().max()) * 1e-3)
-
-
-@pytest.mark.skipif(not ON_HOPPER, reason="products in 8 bit are Hopper's")
-@pytest.mark.parametrize("rank", [0, 16, 32, 64])
-@pytest.mark.parametrize(
-    "routing", [(700, 310, 0, 1, 420, 480, 590, 444), (0, 0, 0, 0, 300, 0, 0, 0), (1,) * 8, (128,) * 8]
-)
-@pytest.mark.parametrize("shape", [(1024, 512), (128, 2816)])
-def test_untransposed_weights_give_what_transposed_ones_give(
-    shape: tuple[int, int], routing: tuple[int, ...], rank: int
-) -> None:
-    from mixtral_run.model.kernels.quantized.gradient_gluon import fits, untransposed_gradient
-    from mixtral_run.model.kernels.quantized.quantized_mm_triton import transposed
-
-    assert reads_untransposed(torch.device("cuda", 0))
-    small, row_scales = quantize(torch.randn(sum(routing), shape[0], device="cuda"))
-    values, _ = quantize(torch.randn(8, *shape, device="cuda"))
-    offsets = torch.tensor(routing, device="cuda").cumsum(0).int()
-    inner = torch.randn(sum(routing), rank, device="cuda").bfloat16() if rank else None
-    adapter = torch.randn(8, rank, shape[1], device="cuda").bfloat16() if rank else None
-    assert fits(values, adapter)
-    expected = scaled_product(small, transposed(values), row_scales, None, offsets).float()
-    if inner is not None and adapter is not None:
-        owner = torch.searchsorted(offsets, torch.arange(sum(routing), device="cuda"), right=True)
-        expected += torch.einsum("tr,tri->ti", inner.float(), adapter.float()[owner])
-    for _ in range(5):
-        found = untransposed_gradient(small, values, row_scales, offsets, inner, adapter)
-        if rank:
-            torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=float(expected.abs().max()) * 4e-3)
-        else:
-            assert torch.equal(found.float(), expected)
 
 
 # 66 pairs of programs: few tiles with long sums are split into pieces, many are assigned in rounds.

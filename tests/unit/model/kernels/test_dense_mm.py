@@ -82,7 +82,8 @@ def test_without_a_gpu_products_are_those_of_the_dequantized_weight() -> None:
     found = results(lambda each: eight_bit_linear(each, weight), rows, factors)
     expected = rows @ numbers_of(weight).t(), factors @ numbers_of(weight)
     for mine, exact in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, exact, rtol=1e-6, atol=1e-6)
+        # Numbers and scales are multiplied in fp32.
+        assert float((mine - exact).norm()) <= 1e-6 * float(exact.norm())
 
 
 @pytest.fixture
