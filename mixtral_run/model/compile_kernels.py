@@ -211,7 +211,8 @@ def compile_for(case: tuple[Capability, int]) -> list[str]:
         if capability == (9, 0) and experts == EXPERTS[0]:
             from mixtral_run.model.kernels.hopper_grouped_mm import compiled
 
-            compiled()
+            for bits in (16, 8):
+                compiled(bits)
     except ImportError as error:
         failed.append(str(error))
     finally:

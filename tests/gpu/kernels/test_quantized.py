@@ -149,6 +149,47 @@ def test_untransposed_weights_give_what_transposed_ones_give(
             assert torch.equal(found.float(), expected)
 
 
+# 66 pairs of programs: few tiles with long sums are split into pieces, many are assigned in rounds.
+@pytest.mark.skipif(not ON_HOPPER, reason="products in 8 bit are Hopper's")
+@pytest.mark.parametrize("width", [256, 2816, 8192])
+@pytest.mark.parametrize("depth", [128, 384, 4096])
+@pytest.mark.parametrize("rank", [None, 0, 8, 16, 64])
+@pytest.mark.parametrize(
+    "routing", [*ROUTINGS[:-1], (700, 310, 0, 414), (193, 64, 65, 192), (245, 614, 409, 696, 491, 573, 450, 614)]
+)
+def test_our_own_product_in_8_bit(routing: tuple[int, ...], rank: int | None, depth: int, width: int) -> None:
+    """rank: of the gradient's adapter; None for the forward product. Rows after the last offset belong to no expert."""
+    from mixtral_run.model.kernels.hopper_grouped_mm import scaled_product as own_product
+
+    count, experts = sum(routing), len(routing)
+    offsets = torch.tensor(routing, device="cuda").cumsum(0).int()
+    rows, row_scales = quantize(torch.randn(count + 40, depth, device="cuda"))
+    shape = (width, depth) if rank is None else (depth, width)
+    matrices = torch.randn(experts, *shape, device="cuda").to(rows.dtype)
+    scales = torch.rand(experts, width, device="cuda") if rank is None else None
+    inner, half = (
+        torch.randn(size, device="cuda").bfloat16() for size in ((count + 40, rank or 8), (experts, rank or 8, width))
+    )
+    adapter = (inner, half) if rank else None
+    found, again = (
+        own_product(rows, matrices, row_scales, scales, offsets, adapter, transposed=rank is None)[:count]
+        for _ in range(2)
+    )
+    assert torch.equal(found, again)
+    expected = []
+    for expert, (begin, size) in enumerate(zip([0, *offsets.tolist()], routing, strict=False)):
+        part = slice(begin, begin + size)
+        matrix = matrices[expert].double()
+        one = rows[part].double() @ (matrix.T if rank is None else matrix) * row_scales[part, None].double()
+        if scales is not None:
+            one *= scales[expert].double()
+        if rank:
+            one += inner[part].double() @ half[expert].double()
+        expected.append(one)
+    right = torch.cat(expected)
+    assert float((found - right).norm()) <= 4e-3 * float(right.norm())
+
+
 @pytest.mark.parametrize("rank", [8, 16])
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_with_an_adapters_lesser_half(routing: tuple[int, ...], rank: int) -> None:
