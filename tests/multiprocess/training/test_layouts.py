@@ -120,7 +120,8 @@ def test_attention_in_8_bit_is_the_same_in_every_layout(case: str, results: dict
     for (loss, norm), expected, (near, _) in zip(found["figures"], reference["figures"], plain[:2], strict=True):
         assert (loss, norm) == (pytest.approx(expected[0], abs=3e-6), pytest.approx(expected[1], rel=1e-4))
         assert 1e-5 < abs(loss - near) < 0.1
-    torch.testing.assert_close(torch.tensor(found["logits"]), torch.tensor(reference["logits"]), rtol=0, atol=1e-5)
+    # After two steps, by which adapters of two layouts differ a little.
+    torch.testing.assert_close(torch.tensor(found["logits"]), torch.tensor(reference["logits"]), rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("case", [case for case in VARIED if case in SPREAD])

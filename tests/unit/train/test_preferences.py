@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -317,15 +316,6 @@ def test_what_fills_a_pass_has_no_loss_and_needs_no_reference(tmp_path: Path) ->
     assert micro.answers.counts.tolist() == [1.0, 1.0, 0.0, 0.0]
     assert [bool(row.any()) for row in micro.loss_mask] == [True, True, False, False]
     assert [bool(row.any()) for row in micro.answers.text_mask] == [True, False, False, False]
-
-
-def test_a_reference_with_attention_in_8_bit_has_a_file_of_its_own(tmp_path: Path) -> None:
-    samples: Any = SimpleNamespace(folder=tmp_path, arrays=range(4))
-    names = []
-    for precision in ("bf16", "fp8", "bf16"):
-        model: Any = SimpleNamespace(settings=ModelSettings(torch.bfloat16, True, attention_precision=precision))
-        names.append(ReferenceFile.of(config_of("dpo"), "f", model, samples).path.name)
-    assert names[0] == names[2] != names[1]
 
 
 def test_a_reference_file_keeps_what_another_run_has_added(tmp_path: Path) -> None:

@@ -5,12 +5,15 @@ import sys
 import types
 import zlib
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from mixtral_run.config.lora import LORA_TARGET_MODULES
+from mixtral_run.config.verbs.align import AlignConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.model import mixtral
 from mixtral_run.model import start_from_weights as start
@@ -20,6 +23,7 @@ from mixtral_run.model.kernels.quantized.dense_mm import EightBitWeight, eight_b
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model, is_adapter
 from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.model.without_adapters import without_adapters
+from mixtral_run.train.preferences.reference import ReferenceFile
 from tests.multiprocess.conftest import SMALL
 
 
@@ -234,3 +238,14 @@ def test_gpus_without_the_products_are_refused_in_words(mesh: Mesh, monkeypatch:
     )
     assert "--dtype bf16" in second
     model_of(mesh, "bf16")
+
+
+def test_a_reference_of_align_has_a_file_of_its_own(tmp_path: Path) -> None:
+    """Its log-probabilities are those of other numbers."""
+    config = AlignConfig(load=Path("base"), save=Path("adapter"), data_path=("pairs.jsonl",), method="dpo")
+    samples: Any = types.SimpleNamespace(folder=tmp_path, arrays=range(4))
+    names = []
+    for precision in ("bf16", "fp8", "bf16"):
+        model: Any = types.SimpleNamespace(settings=ModelSettings(torch.bfloat16, True, attention_precision=precision))
+        names.append(ReferenceFile.of(config, "f", model, samples).path.name)
+    assert names[0] == names[2] != names[1]
