@@ -16,6 +16,13 @@ for name in second:
     importlib.import_module(name)
 assert "megatron.core" in sys.modules
 assert torch.compile is compile_with_torch
+from mixtral_run.model.recompute.checkpoint import checkpoint
+from mixtral_run.train.steps.eager_optimizer import SGD, AdamW
+weight = torch.ones(2, requires_grad=True)
+for optimizer in (AdamW([weight], fused=True), SGD([weight])):
+    optimizer.zero_grad()
+    checkpoint(torch.sin, weight, use_reentrant=True).sum().backward()
+    optimizer.step()
 unwanted = ("torch._inductor.", "torch._dynamo.", "wandb", "tensorboard")
 print(*(name for name in sys.modules if name.startswith(unwanted)))
 import torch.utils.tensorboard
