@@ -17,8 +17,7 @@ try:
 
     quiet_libraries()
 
-    # torch imports torch._dynamo with the first optimizer. The kernels need Triton on GPUs.
-    import torch._dynamo
+    import torch
 
     import mixtral_run.launch.run_job  # noqa: F401 - every process calls it
 
@@ -26,6 +25,7 @@ try:
         with contextlib.suppress(Exception):
             importlib.import_module(_name)
 
+    # The kernels need Triton on GPUs.
     if torch.version.cuda is not None:
         with contextlib.suppress(ImportError):
             import triton  # noqa: F401
