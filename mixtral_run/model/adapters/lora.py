@@ -23,6 +23,7 @@ from torch.nn.functional import linear
 
 from mixtral_run.model.adapters.cast_adapters import cast_copy
 from mixtral_run.model.adapters.lora_settings import LoraSettings
+from mixtral_run.model.kernels.decoding.few_tokens import is_one, product_of_one
 from mixtral_run.model.parallel.megatron import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -220,6 +221,8 @@ class ColumnLinear(ColumnParallelLinear):
         """
         if self.adapter is not None and self.adapter.stands_alone(self.tp_group):
             return adapted_linear(hidden, self.weight, self.adapter, recipe)
+        if self.adapter is None and self.tp_group.size() == 1 and is_one(hidden, self.weight):
+            return product_of_one(hidden, self.weight)
         output: Tensor = super().forward(hidden)[0]
         if self.adapter is None:
             return output
@@ -269,6 +272,8 @@ class RowLinear(RowParallelLinear):
         """
         if self.adapter is not None and self.adapter.stands_alone(self.tp_group):
             return adapted_linear(hidden, self.weight, self.adapter, recipe)
+        if self.adapter is None and self.tp_group.size() == 1 and is_one(hidden, self.weight):
+            return product_of_one(hidden, self.weight)
         output: Tensor = super().forward(hidden)[0]
         if self.adapter is None:
             return output
