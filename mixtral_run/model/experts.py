@@ -262,8 +262,10 @@ class Experts(MegatronModule):
 
     def takes_one(self, token: Tensor) -> bool:
         """Return True if `outputs_of_one` can compute `forward` for this token [1, hidden], without a permutation."""
-        weights = [layer.weight for layer in self.linears.values() if layer.lora is None]
-        return len(weights) == 2 and None not in weights and is_one(token, *filter(torch.is_tensor, weights))
+        first, second = self.linear_fc1, self.linear_fc2
+        if first.lora is not None or second.lora is not None or first.weight is None or second.weight is None:
+            return False
+        return is_one(token, first.weight, second.weight)
 
     def outputs_of_one(self, token: Tensor, experts: Tensor, probs: Tensor) -> Tensor:
         """Return the sum of the experts' outputs times probs for one token; see few_tokens.outputs_of_one."""
