@@ -30,7 +30,7 @@ def _rotated(source, cosine, sine, columns, SIZE: tl.constexpr):
     return (values * cosine + others * sine).to(source.dtype.element_ty).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=("angle_rows",))
+@triton.jit(do_not_specialize=("angle_rows", "max_length"))
 def _attend_kernel(
     mixed_ptr,
     cosine_ptr,
@@ -105,17 +105,17 @@ def _attend_kernel(
         tl.store(totals_ptr + part, total, mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("parts",))
 def _join_kernel(
     sums_ptr,
     largest_ptr,
     totals_ptr,
     place_ptr,
     output_ptr,
+    parts,
     HEADS: tl.constexpr,
     SIZE: tl.constexpr,
     PART: tl.constexpr,
-    PARTS: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):
     head = tl.program_id(0).to(tl.int64)
@@ -123,7 +123,7 @@ def _join_kernel(
     columns = tl.arange(0, SIZE)
     # Parts behind the token were not computed.
     there = numbers <= tl.load(place_ptr).to(tl.int32) // PART
-    part = (head // HEADS * PARTS + numbers) * HEADS + head % HEADS
+    part = (head // HEADS * parts + numbers) * HEADS + head % HEADS
     largest = tl.load(largest_ptr + part, mask=there, other=float("-inf"))
     total = tl.load(totals_ptr + part, mask=there, other=0.0)
     sums = tl.load(sums_ptr + part[:, None] * SIZE + columns[None, :], mask=there[:, None], other=0.0)
@@ -174,10 +174,10 @@ def cached_attention(
         totals,
         place,
         output,
+        parts,
         HEADS=heads,
         SIZE=size,
         PART=part,
-        PARTS=parts,
         BLOCK_PARTS=triton.next_power_of_2(parts),
         num_warps=4 if parts > 8 else 1,
     )
