@@ -111,7 +111,8 @@ def run_case(model: Any, kept: list[Any], case: str, arguments: argparse.Namespa
     }
 
 
-def main() -> None:
+def options() -> argparse.ArgumentParser:
+    """Return the command line, by which tests/gpu too makes the arguments of `run_case`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--base-precision", default="bf16", choices=("bf16", "fp8", "nf4"))
@@ -121,7 +122,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--micro-batches", type=int, default=1, help="of a step; not of a packed one")
     parser.add_argument("--eager", action="store_true", help="no CUDA graph")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    arguments = options().parse_args()
 
     import torch
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.lora import build_ours
-from benchmarks.modes import run_case
+from benchmarks.modes import options, run_case
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.model.allocator import VARIABLES, growing_segments
 from mixtral_run.model.parallel.mesh import open_mesh
@@ -58,7 +58,8 @@ def model() -> Iterator[Any]:
 
 
 def arguments_of(*, eager: bool = False, micro_batches: int = 1) -> argparse.Namespace:
-    return argparse.Namespace(steps=2, base_precision="bf16", eager=eager, micro_batches=micro_batches)
+    words = ["--steps", "2", "--micro-batches", str(micro_batches), *(["--eager"] if eager else [])]
+    return options().parse_args(words)
 
 
 @pytest.mark.parametrize(

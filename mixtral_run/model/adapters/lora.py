@@ -23,6 +23,7 @@ from torch.nn.functional import linear
 
 from mixtral_run.model.adapters.cast_adapters import cast_copy
 from mixtral_run.model.adapters.lora_settings import LoraSettings
+from mixtral_run.model.kernels.decoding.few_tokens import is_one, product_of_one
 from mixtral_run.model.kernels.quantized.dense_mm import Frozen, frozen_gradient, frozen_product
 from mixtral_run.model.parallel.frozen_linear import (
     FrozenColumnLinear,
@@ -226,6 +227,10 @@ class ColumnLinear(FrozenColumnLinear):
         """
         if self.adapter is not None and self.adapter.stands_alone(self.tp_group):
             return adapted_linear(hidden, frozen_weight(self), self.adapter, recipe)
+        if self.adapter is None and self.tp_group.size() == 1:
+            weight = frozen_weight(self)
+            if isinstance(weight, Tensor) and is_one(hidden, weight):
+                return product_of_one(hidden, weight)
         output = self.base_output(hidden)
         if self.adapter is None:
             return output
@@ -275,6 +280,10 @@ class RowLinear(FrozenRowLinear):
         """
         if self.adapter is not None and self.adapter.stands_alone(self.tp_group):
             return adapted_linear(hidden, frozen_weight(self), self.adapter, recipe)
+        if self.adapter is None and self.tp_group.size() == 1:
+            weight = frozen_weight(self)
+            if isinstance(weight, Tensor) and is_one(hidden, weight):
+                return product_of_one(hidden, weight)
         output = self.base_output(hidden)
         if self.adapter is None:
             return output
