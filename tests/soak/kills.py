@@ -33,6 +33,9 @@ TRAINING = (
     "--lora-dropout", "0.1",
 )  # fmt: skip
 MOST_KILLS_IN_A_TRIAL = 4
+LAST_WAITED_FOR = 16
+"""Iteration of the last checkpoint that a kill waits for: eight iterations are left then."""
+SHARE_AFTER_CHECKPOINT = 0.1
 SECONDS_TO_END = 10
 """Time in which the processes of a killed job have to be gone."""
 
@@ -52,11 +55,12 @@ def new_interpreter(words: Sequence[str]) -> subprocess.Popen[str]:
 
 @dataclass
 class Kills:
-    """Result of the trials of one verb. in_saves: kills that cut off a checkpoint."""
+    """Result of the trials of one verb. in_saves: kills that cut off a checkpoint. resumes: starts with --resume."""
 
     name: str
     trials: int = 0
     kills: int = 0
+    resumes: int = 0
     in_saves: int = 0
     problems: tuple[str, ...] = ()
 
@@ -130,7 +134,7 @@ def _until_done(
     """Run the command until it ends by itself, killing it at random times before; return the number of kills.
 
     more: returns further arguments for the next start, or None if a killed process had finished its work. save: the
-    folder of a training.
+    folder of a training, every second of whose kills comes after a random checkpoint, however long the start takes.
     """
     found.trials += 1
     kills = 0
@@ -139,7 +143,11 @@ def _until_done(
         if arguments is None:
             return kills
         process = start([*words, *arguments])
+        found.resumes += "--resume" in arguments
         limit = draw.uniform(0.05, 1.0) * seconds if kills < MOST_KILLS_IN_A_TRIAL else 20 * seconds
+        if save is not None and kills < MOST_KILLS_IN_A_TRIAL and (found.trials + kills) % 2:
+            _wait_for_checkpoint(process, save, draw.randint(1, LAST_WAITED_FOR))
+            limit *= SHARE_AFTER_CHECKPOINT
         try:
             output = process.communicate(timeout=limit)[0]
         except subprocess.TimeoutExpired:
@@ -158,6 +166,15 @@ def _until_done(
             last = output.strip()[-500:]
             found.problems += (f"trial {found.trials}: exit code {process.returncode} after {kills} kills: {last}",)
         return kills
+
+
+def _wait_for_checkpoint(process: subprocess.Popen[str], save: Path, iteration: int) -> None:
+    """Wait until a checkpoint of this iteration or a later one is there, or the process has ended."""
+    while process.poll() is None:
+        names = [entry.name for entry in save.glob("iter_*")]
+        if names and max(names) >= f"iter_{iteration:07d}":
+            return
+        time.sleep(0.005)
 
 
 def _run(start: Start, words: Sequence[str]) -> float:
