@@ -116,7 +116,7 @@ def write_by_kit(writer: Any, folder: Path) -> None:
     import torch.distributed as dist
 
     written: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(written, writer.write(folder))
+    dist.all_gather_object(written, writer.write(folder)[0])
     if dist.get_rank() == 0:
         writer.finish(folder, written)
 

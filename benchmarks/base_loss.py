@@ -1,11 +1,12 @@
 """Effect of a frozen base in 8 or 4 bit on the loss of fine-tuning, on a base that was trained before.
 
-    python -m benchmarks.base_loss [--base-steps 600] [--steps 200] [--device cuda|cpu] [--tiny]
+    python -m benchmarks.base_loss [--base-steps 600] [--steps 200] [--bases fp8,nf4] [--device cuda|cpu] [--tiny]
 
 On random weights rounding is noise among noise. Here a small Mixtral of full-size kernels' widths is first trained, all
 weights, on text that every machine has: the sources of Python's standard library, as bytes. Then adapters are trained
 on other text (the kit's own pairs, and sources kept back), once for each precision of the base: same weights, adapters'
-start, order and settings, those that `finetune` has by default. The last line printed is one JSON object.
+start, order and settings, those that `finetune` has by default. With fp8+attention, attention and the output layer are
+in fp8, too. The last line printed is one JSON object.
 
     mean, max    of |loss - bf16's| / bf16's over all steps
     last         of the mean of the last 20 losses, with its sign
@@ -39,6 +40,9 @@ from mixtral_run.train.lr_schedule import learning_rate
 from mixtral_run.train.steps.cuda_graph import backward_of
 from mixtral_run.train.steps.step import optimizer_step, trainable
 from mixtral_run.trial.sizes import INSTRUCTIONS
+
+BASES = (*BASE_PRECISIONS, "fp8+attention")
+"""Forms of the base: values of --base-precision, and the two of --base-precision and --attention-precision."""
 
 KEPT_BACK = 20
 """One of so many files of the standard library is kept for fine-tuning."""
@@ -179,7 +183,8 @@ def build_on(
 ) -> MixtralModel:
     """The model on these weights with adapters at their start, in training mode."""
     lora = LoraSettings.from_config(config)
-    settings = ModelSettings(dtype_on(mesh), True, lora, "none", config.base_precision)
+    attention = config.attention_precision
+    settings = ModelSettings(dtype_on(mesh), True, lora, "none", config.base_precision, attention_precision=attention)
     model = build_model(architecture, settings, mesh).train()
     missing = set(weights)
 
@@ -191,6 +196,7 @@ def build_on(
                     missing.discard(name)
 
     fill()
+    model.quantize_attention()
     model.quantize_experts(fill)
     assert not missing, f"weights without a place in the model: {sorted(missing)}"
     return model
@@ -240,16 +246,19 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         chosen = chosen_batches(lora_config, other)
         bf16: list[float] = []
         found: dict[str, dict[str, Any]] = {}
-        for precision in BASE_PRECISIONS:
+        for name in ("bf16", *(each for each in arguments.bases if each != "bf16")):
             # Graphs and their memory go with the run before.
             gc.collect()
             started = time.perf_counter()
-            config = dataclasses.replace(lora_config, base_precision=precision)
+            precision, _, attention = name.partition("+")
+            config = dataclasses.replace(
+                lora_config, base_precision=precision, attention_precision="fp8" if attention else "bf16"
+            )
             losses, again = tune(config, architecture, mesh, weights, chosen)
             bf16 = bf16 or losses
             at = {str(step): losses[step - 1] for step in shown_steps(len(losses))}
-            found[precision] = {"losses": at, "first_again": again, **compared(losses, bf16)}
-            print_run(precision, found[precision], time.perf_counter() - started)
+            found[name] = {"losses": at, "first_again": again, **compared(losses, bf16)}
+            print_run(name, found[name], time.perf_counter() - started)
     return {
         "parameters": architecture.num_parameters,
         "base": {"steps": len(base_losses), "first": base_losses[0], "last": base_losses[-1], "seconds": seconds},
@@ -260,7 +269,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 def print_run(precision: str, run: dict[str, Any], seconds: float) -> None:
     losses = "  ".join(f"{step}: {loss:.4f}" for step, loss in run["losses"].items())
     print(
-        f"{precision:>5}  {losses}  first again {run['first_again']:.4f}  from bf16: mean {run['mean']:.3%}, "
+        f"{precision:>13}  {losses}  first again {run['first_again']:.4f}  from bf16: mean {run['mean']:.3%}, "
         f"max {run['max']:.3%}, last {run['last']:+.3%}  ({seconds:.0f} s)",
         flush=True,
     )
@@ -270,9 +279,15 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base-steps", type=int, help="of the base's training; default 600, tiny 60")
     parser.add_argument("--steps", type=int, help="of each fine-tuning; default 200, tiny 20")
+    parser.add_argument(
+        "--bases", default=",".join(BASES), help="forms of the base that are compared with bf16, separated by commas"
+    )
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--tiny", action="store_true", help="a toy model, to see that all of it runs")
     arguments = parser.parse_args(words)
+    arguments.bases = arguments.bases.split(",")
+    if unknown := sorted({*arguments.bases} - {*BASES}):
+        parser.error(f"--bases: expected some of {','.join(BASES)}; found {','.join(unknown)}")
     arguments.base_steps = arguments.base_steps or (60 if arguments.tiny else 600)
     arguments.steps = arguments.steps or (20 if arguments.tiny else 200)
     print(json.dumps(measure(arguments)))

@@ -230,7 +230,7 @@ def direct(source: Path, processes: int) -> dict[str, float]:
     """`seconds` is the loading alone."""
     tensor_size = 2 if processes % 2 == 0 else 1
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += ["-m", "benchmarks.direct_load", str(source)]
+    command += ["-m", "benchmarks.support.direct_load", str(source)]
     command += ["--tensor-model-parallel-size", str(tensor_size), "--expert-model-parallel-size", str(processes)]
     started = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -35,12 +35,13 @@ def timed_steps(step: Callable[[], object], warm_up: int, count: int) -> float:
     """Median seconds of a step that ends with its results on the host."""
     import torch
 
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     seconds = []
     for index in range(warm_up + count):
-        torch.cuda.synchronize()
+        synchronize()
         started = time.perf_counter()
         step()
-        torch.cuda.synchronize()
+        synchronize()
         if index >= warm_up:
             seconds.append(time.perf_counter() - started)
     return statistics.median(seconds)
@@ -53,6 +54,7 @@ def build_ours(
     base_precision: str,
     modules: tuple[str, ...] = MODULES,
     kernels: str = "auto",
+    attention_precision: str = "bf16",
 ) -> Any:
     """Mixtral's full width with random weights and adapters on the modules, in training mode."""
     import dataclasses
@@ -61,11 +63,22 @@ def build_ours(
 
     from mixtral_run.model.adapters.lora_settings import LoraSettings
     from mixtral_run.model.architecture import MIXTRAL_8X7B
-    from mixtral_run.model.mixtral import ModelSettings, build_model
+    from mixtral_run.model.mixtral import ModelSettings
 
     architecture = dataclasses.replace(MIXTRAL_8X7B, num_layers=layers)
     lora = LoraSettings(RANK, 32.0, 0.0, modules, 1) if modules else None
-    settings = ModelSettings(torch.bfloat16, True, lora, recompute, base_precision, kernels)
+    settings = ModelSettings(
+        torch.bfloat16, True, lora, recompute, base_precision, kernels, attention_precision=attention_precision
+    )
+    return random_model(architecture, settings, mesh)
+
+
+def random_model(architecture: Any, settings: Any, mesh: Any) -> Any:
+    """A model of these sizes and settings with random weights, in training mode."""
+    import torch
+
+    from mixtral_run.model.mixtral import build_model
+
     model = build_model(architecture, settings, mesh).train()
 
     def fill(part: str) -> None:
@@ -75,6 +88,7 @@ def build_ours(
                     parameter.normal_(0.0, 0.02)
 
     fill("")
+    model.quantize_attention()
     model.quantize_experts(lambda: fill(".experts."))
     return model
 

@@ -53,7 +53,10 @@ class Run:
 
 
 def scaled(layers: int, hidden_size: int, ffn_hidden_size: int, vocab_size: int) -> MixtralArchitecture:
-    """Mixtral 8x7B with other sizes; heads keep their 128 numbers, or 64 where that leaves fewer than 8 heads."""
+    """Mixtral 8x7B with other sizes; heads keep their 128 numbers, or 64 where that leaves fewer than 8 heads.
+
+    With the width of 8x22B the heads are its own: 48 of queries, 8 of keys and values.
+    """
     if (layers, hidden_size, ffn_hidden_size, vocab_size) == (32, 4096, 14336, 32000):
         return MIXTRAL_8X7B
     channels = 128 if hidden_size >= 1024 else 64
@@ -63,7 +66,7 @@ def scaled(layers: int, hidden_size: int, ffn_hidden_size: int, vocab_size: int)
         hidden_size=hidden_size,
         ffn_hidden_size=ffn_hidden_size,
         num_attention_heads=heads,
-        num_query_groups=max(heads // 4, 2),
+        num_query_groups=8 if heads > 32 and heads % 8 == 0 else max(heads // 4, 2),
         kv_channels=channels,
         num_experts=8,
         moe_router_topk=2,

@@ -1,20 +1,24 @@
 """Our side alone, many cases from one built model: recomputation, length and packing, at one precision of the base.
 
-    python -m benchmarks.modes [--layers 32] [--base-precision bf16|fp8|nf4] [--cases 2048x1:none,8192x1:selective,…]
+    python -m benchmarks.modes [--layers 32] [--base-precision bf16|fp8|nf4] [--attention-precision bf16|fp8]
+        [--cases 2048x1:none,8192x1:selective,…]
 
-A case is SEQxMICRO:RECOMPUTE, with :pack behind it for packed rows of samples between 64 and 512 tokens. Building at
-full size takes longer than a case, so that this is the way to look at many in little device time; benchmarks/lora.py
-measures each in a process of its own. Each case tells the losses of its first and last step: the adapters are set back
-and the tokens are the same, so that ways of computing the same can be compared. One JSON object a case; a case that
-does not fit says so and the next one runs. Beside each peak stands what the plan counted.
+A case is SEQxMICRO:RECOMPUTE, with :pack behind it for packed rows of samples between 64 and 512 tokens, or :chunks4
+for experts that compute the tokens in 4 chunks. Building at full size takes longer than a case, so that this is the way
+to look at many in little device time; benchmarks/lora.py measures each in a process of its own. Each case tells the
+losses of its first and last step: the adapters are set back and the tokens are the same, so that ways of computing the
+same can be compared. One JSON object a case; a case that does not fit says so and the next one runs. Beside each peak
+stands what the plan counted.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import itertools
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -59,8 +63,11 @@ def run_case(model: Any, kept: list[Any], case: str, arguments: argparse.Namespa
     from mixtral_run.train.steps.step import train_step, trainable
 
     size, recompute, *rest = case.split(":")
+    if wrong := [each for each in rest if each != "pack" and not re.fullmatch("chunks[1-9][0-9]*", each)]:
+        raise SystemExit(f"--cases: expected pack or chunksN behind {size}:{recompute}; found {':'.join(wrong)}")
     seq, micro = (int(number) for number in size.split("x"))
-    model.settings = model.settings.__class__(**{**vars(model.settings), "recompute": recompute})
+    chunks = next((int(each.removeprefix("chunks")) for each in rest if each.startswith("chunks")), 1)
+    model.settings = dataclasses.replace(model.settings, recompute=recompute, expert_chunks=chunks)
     for layer in model.gpt.decoder.layers:
         layer.recompute = recompute
     parameters = trainable(model)
@@ -72,7 +79,7 @@ def run_case(model: Any, kept: list[Any], case: str, arguments: argparse.Namespa
     whole = micro * arguments.micro_batches
     stream = batches(MockSamples(vocabulary, seq, 1), seed=1, micro_batch_size=micro, global_batch_size=whole)
     most = None
-    if rest:
+    if "pack" in rest:
         stream, most = packed_batches(seq, vocabulary)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -91,10 +98,11 @@ def run_case(model: Any, kept: list[Any], case: str, arguments: argparse.Namespa
         seq_length=seq,
         micro_batch_size=micro,
         expert_bytes=EXPERT_BYTES.get(arguments.base_precision, 2),
+        attention_precision=arguments.attention_precision,
     )
-    layout = Layout(1, 1, recompute)
+    layout = Layout(1, 1, recompute, 1, chunks)
     return {
-        "tok_s": round(seq * (1 if rest else whole) / seconds),
+        "tok_s": round(seq * (1 if "pack" in rest else whole) / seconds),
         "peak_gib": round(torch.cuda.max_memory_reserved() / GIB, 1),
         "allocated_gib": round(torch.cuda.max_memory_allocated() / GIB, 3),
         "planned_gib": round(memory(workload, layout).allocated / GIB, 1),
@@ -103,16 +111,22 @@ def run_case(model: Any, kept: list[Any], case: str, arguments: argparse.Namespa
     }
 
 
-def main() -> None:
+def options() -> argparse.ArgumentParser:
+    """Return the command line, by which tests/gpu too makes the arguments of `run_case`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--base-precision", default="bf16", choices=("bf16", "fp8", "nf4"))
+    parser.add_argument("--attention-precision", default="bf16", choices=("bf16", "fp8"))
     parser.add_argument("--kernels", default="auto", choices=("auto", "portable", "hopper"))
     parser.add_argument("--cases", default=CASES)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--micro-batches", type=int, default=1, help="of a step; not of a packed one")
     parser.add_argument("--eager", action="store_true", help="no CUDA graph")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    arguments = options().parse_args()
 
     import torch
 
@@ -123,7 +137,15 @@ def main() -> None:
 
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cuda")
     with open_mesh(config) as mesh:
-        model = build_ours(arguments.layers, mesh, "none", arguments.base_precision, kernels=arguments.kernels)
+        model = build_ours(
+            arguments.layers,
+            mesh,
+            "none",
+            arguments.base_precision,
+            kernels=arguments.kernels,
+            attention_precision=arguments.attention_precision,
+        )
+        named = {"base": arguments.base_precision, "attention": arguments.attention_precision}
         # On the host: the peaks are those of a run.
         kept = [parameter.detach().cpu() for parameter in trainable(model)]
         for case in arguments.cases.split(","):
@@ -135,10 +157,7 @@ def main() -> None:
                 parameter.grad = None
             gc.collect()
             torch.cuda.empty_cache()
-            print(
-                json.dumps({"case": case, "base": arguments.base_precision, "kernels": arguments.kernels, **result}),
-                flush=True,
-            )
+            print(json.dumps({"case": case, **named, "kernels": arguments.kernels, **result}), flush=True)
 
 
 if __name__ == "__main__":

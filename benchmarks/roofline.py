@@ -1,7 +1,7 @@
 """Measure the parts of a training step beside their floors: one table for each size and precision.
 
     python -m benchmarks.roofline [--layers 32] [--sizes 2048x1,512x1] [--base-precision bf16|fp8|nf4]
-        [--kernels auto|portable|hopper]
+        [--attention-precision bf16|fp8] [--kernels auto|portable|hopper]
 
 The GPU's kernels of one captured step are timed by the profiler and summed by what they are part of. The floor of a
 part is the larger of its operations over the rate of a large matrix product and of its bytes over the rate of a large
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 PARTS = {
-    "experts' products": r"^(un)?transposed$|_grouped_product_kernel|_tiled_product_kernel|_gradient_kernel|_scaled_gr"
+    "experts' products": r"^(un)?transposed$|_grouped_product_kernel|_tiled_product_kernel|_scaled_gr"
     r"|GroupProblemShape|grouped|_expand_\d_bits|_transpose_kernel",
     "adapters of the experts": r"_narrow_",
     "SwiGLU": r"_swiglu_|_over_blocks_",
@@ -45,7 +45,10 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Step:
-    """The sizes of a step. itemsize: bytes of a stored weight of the experts."""
+    """The sizes of a step.
+
+    precision, attention: of the weights of the experts and of the dense products. itemsize: bytes of one of the former.
+    """
 
     layers: int
     tokens: int
@@ -59,6 +62,7 @@ class Step:
     head_size: int = 128
     vocabulary: int = 32000
     rank: int = 16
+    attention: str = "bf16"
 
     @property
     def itemsize(self) -> float:
@@ -79,14 +83,21 @@ class Step:
             product * (2 if self.precision == "fp8" else 1),
         )
         adapters = at_least(0, 2 * (rows * h * 4 + rows * f * 4) + 3 * 4 * self.experts * self.rank * (2 * h + 3 * f))
-        dense = at_least(2 * 2 * t * h * (qkv + h), 2 * 2 * h * (qkv + h) + 4 * t * (2 * h + qkv))
+        # In 8 bit each direction has a copy of its own.
+        small = self.attention == "fp8"
+        each, dense_rate = (1, 2 * product) if small else (2, product)
+        dense = at_least(2 * 2 * t * h * (qkv + h), 2 * each * h * (qkv + h) + 4 * t * (2 * h + qkv), dense_rate)
+        head = at_least(4 * t * h * self.vocabulary, 2 * each * h * self.vocabulary, dense_rate)
+        # Read in bf16 and written in 8 bit.
+        quantized = layers * at_least(0, 3 * (t * h + rows * (h + 3 * f))) * (self.precision == "fp8")
+        quantized += small * at_least(0, 3 * t * (layers * (3 * h + qkv) + h + self.vocabulary))
         return {
             "experts' products": layers * experts,
             "adapters of the experts": layers * adapters,
             "SwiGLU": layers * at_least(0, 2 * rows * f * 9),
-            "quantization of rows": layers * at_least(0, 3 * (t * h + rows * (h + 3 * f))) * (self.precision == "fp8"),
+            "quantization of rows": quantized,
             "attention": layers * at_least(3.5 * 2 * t * t * self.heads * self.head_size, 2 * t * (qkv + h) * 4),
-            "dense products": layers * dense + at_least(4 * t * h * self.vocabulary, 2 * 2 * h * self.vocabulary),
+            "dense products": layers * dense + head,
             "loss": at_least(0, 2 * 3 * t * self.vocabulary),
             "permutation": layers * at_least(0, 2 * (4 * rows * h + 4 * t * h)),
             "router": layers * at_least(0, 2 * 2 * t * h),
@@ -178,7 +189,8 @@ def measure(
     dense = dense_by_shape(recorded(lambda: train_step(model, optimizer, next(stream), 1.0, eager)))
     for parameter in trainable(model):
         parameter.grad = None
-    sizes = Step(arguments.layers, seq * micro, arguments.base_precision, rank=RANK)
+    attention = arguments.attention_precision
+    sizes = Step(arguments.layers, seq * micro, arguments.base_precision, rank=RANK, attention=attention)
     now: dict[str, list[float]] = {}
     others: dict[str, float] = {}
     for each in kernels:
@@ -189,6 +201,7 @@ def measure(
     return {
         "size": f"{seq}x{micro}",
         "precision": arguments.base_precision,
+        "attention": attention,
         "kernels": arguments.kernels,
         "step_ms": 1e3 * seconds,
         "tok_s": seq * micro / seconds,
@@ -202,7 +215,8 @@ def measure(
 def show(found: dict[str, Any]) -> None:
     """Print the table as Markdown."""
     parts, floors = found["parts"], found["floors"]
-    print(f"\n{found['size']} {found['precision']} --kernels {found['kernels']}: {found['tok_s']:,.0f} tok/s")
+    form = f"{found['precision']}, attention {found['attention']}, --kernels {found['kernels']}"
+    print(f"\n{found['size']} {form}: {found['tok_s']:,.0f} tok/s")
     print("| part | floor ms | now ms | gap ms | kernels |\n|---|---|---|---|---|")
     for part, (now, count) in sorted(parts.items(), key=lambda each: floors.get(each[0], 0.0) - each[1][0]):
         floor = floors.get(part, 0.0)
@@ -219,6 +233,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--sizes", default="2048x1,512x1", help="sequence length x micro batch, …")
     parser.add_argument("--base-precision", default="bf16", choices=("bf16", "fp8", "nf4"))
+    parser.add_argument("--attention-precision", default="bf16", choices=("bf16", "fp8"))
     parser.add_argument("--kernels", default="auto", choices=("auto", "portable", "hopper"))
     parser.add_argument("--steps", type=int, default=8)
     arguments = parser.parse_args()
@@ -232,7 +247,8 @@ def main() -> None:
     results = []
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cuda")
     with open_mesh(config) as mesh:
-        model = build_ours(arguments.layers, mesh, "none", arguments.base_precision, MODULES, arguments.kernels)
+        precisions = arguments.base_precision, arguments.attention_precision
+        model = build_ours(arguments.layers, mesh, "none", precisions[0], MODULES, arguments.kernels, precisions[1])
         for size in arguments.sizes.split(","):
             results.append(measure(model, *map(int, size.split("x")), arguments, rates))
             show(results[-1])

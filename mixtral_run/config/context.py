@@ -26,6 +26,27 @@ def row_multiple(tensor_size: int, context_size: int) -> int:
     return math.lcm(2 * context_size, context_size * tensor_size) if context_size > 1 else tensor_size
 
 
+def row_problems(seq_length: int, tensor_size: int, context_size: int) -> list[str]:
+    """Return the problem of a row that --context-parallel-size cannot cut, or an empty list."""
+    multiple = row_multiple(tensor_size, context_size)
+    if context_size <= 1 or seq_length % multiple == 0:
+        return []
+    return [
+        f"--seq-length: expected a multiple of {multiple}, as --context-parallel-size {context_size} cuts a row into "
+        f"{2 * context_size} equal chunks; found {seq_length}"
+    ]
+
+
+def chunk_problems(expert_chunks: int | None, tokens: int) -> list[str]:
+    """Return the problem of more --expert-chunks than a process has tokens in a micro batch, or an empty list."""
+    if (expert_chunks or 1) <= max(tokens, 1):
+        return []
+    return [
+        f"--expert-chunks: expected at most {tokens}, the tokens that a process has in a micro batch; found "
+        f"{expert_chunks}"
+    ]
+
+
 @dataclass(frozen=True, kw_only=True)
 class SplitRowsConfig(Config):
     """Setting for long rows: the processes that share a row."""

@@ -35,7 +35,7 @@ EXPORTED = "adapter_config.json"
 RECORD = "mixtral_run.json"
 SETTINGS_OF_A_RUN = (
     "mock_data", "pack", "seq_length", "global_batch_size", "seed", "lr", "min_lr", "lora_alpha", "lora_alpha_experts",
-    "lora_scaling", "lora_plus_ratio", *LORA_SHAPE, "base_precision",
+    "lora_scaling", "lora_plus_ratio", *LORA_SHAPE, "base_precision", "attention_precision",
 )  # fmt: skip
 """Settings, apart from the data, that define an adapter."""
 

@@ -117,6 +117,7 @@ class FixedShapeDecoding(Decoding):
             self.cache.place = torch.zeros(1, dtype=torch.int64, device=tokens.device)
             self._tokens = torch.empty_like(tokens)
             self._all = torch.arange(self.cache.max_length, device=tokens.device)
+            self._real = self._is_real(self._all)
         self.cache.place.fill_(begin)
         self._tokens.copy_(tokens)
         logits = self._decode_one()
@@ -126,7 +127,7 @@ class FixedShapeDecoding(Decoding):
     def _decode_one(self) -> Tensor:
         """Run the pass over `_tokens` [rows, 1] at `cache.place`. Repeating it writes the same values again."""
         assert self.cache.place is not None
-        filled = (self._all <= self.cache.place) & self._is_real(self._all)
+        filled = (self._all <= self.cache.place) & self._real
         return self._pass(self._tokens, self.cache.place, filled[:, None, None])
 
 

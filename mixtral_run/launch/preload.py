@@ -17,8 +17,7 @@ try:
 
     quiet_libraries()
 
-    # torch imports torch._dynamo with the first optimizer. The kernels need Triton on GPUs.
-    import torch._dynamo
+    import torch
 
     import mixtral_run.launch.run_job  # noqa: F401 - every process calls it
 
@@ -26,9 +25,11 @@ try:
         with contextlib.suppress(Exception):
             importlib.import_module(_name)
 
+    # On GPUs the kernels need Triton, and parts of torch import its compiler, which takes seconds: better here, while
+    # the job is planned, than in every process.
     if torch.version.cuda is not None:
         with contextlib.suppress(ImportError):
-            import triton
-            import triton.experimental.gluon  # noqa: F401
+            import torch._dynamo
+            import triton  # noqa: F401
 finally:
     signal.signal(signal.SIGINT, _handler)

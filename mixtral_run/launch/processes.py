@@ -156,6 +156,11 @@ def import_ahead(modules: Sequence[str]) -> None:
     atexit.register(_kill_fork_server)
 
 
+def has_fork_server() -> bool:
+    """Return True if this process has started a fork server: its work is to start processes and to wait for them."""
+    return bool(_fork_server_environment)
+
+
 def _kill_fork_server() -> None:
     """Kill the fork server. By itself it would end only after its imports, and hold our stdout open until then."""
     pid = getattr(forkserver._forkserver, "_forkserver_pid", None)

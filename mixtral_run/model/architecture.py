@@ -59,6 +59,12 @@ class MixtralArchitecture:
         """Return the columns of linear_proj: all heads concatenated."""
         return self.num_attention_heads * self.kv_channels
 
+    def attention_widths(self, tensor_model_parallel_size: int) -> tuple[int, ...]:
+        """Return the sides of the weights of linear_qkv, linear_proj and the output layer on a rank of TP."""
+        tp = tensor_model_parallel_size
+        split = (self.qkv_size, self.projection_size, self.padded_vocab_size(tp))
+        return self.hidden_size, *(size // tp for size in split)
+
     @property
     def num_parameters(self) -> int:
         """Return the number of parameters, embeddings and output layer included (46,702,792,704 for Mixtral 8x7B)."""

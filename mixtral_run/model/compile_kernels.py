@@ -117,24 +117,19 @@ def weight_calls(experts: int, capability: Capability) -> Iterator[Call]:
         values, scales = tensor(experts, hidden, ffn, dtype=fp8), tensor(experts, hidden, dtype=fp32)
         yield partial(quantized_mm_triton.expand, values, scales)
         return
-    from mixtral_run.model.kernels.quantized import gradient_gluon
-
     row_scales, source = tensor(rows, dtype=fp32), tensor(rows, dtype=torch.int64)
     yield partial(quantized_mm_triton.quantize_rows, tensor(TOKENS, hidden), None, offsets, source)
+    if experts == MIXTRAL_8X7B.num_experts:
+        # Attention and the output layer in 8 bit (dense_mm.py).
+        yield partial(quantized_mm_triton.quantize_rows, tensor(TOKENS, hidden), None, None)
+        for width in (MIXTRAL_8X7B.qkv_size, hidden, MIXTRAL_8X7B.vocab_size):
+            columns = tensor(1, width, dtype=fp32)
+            yield partial(quantized_mm_triton.quantize_rows, tensor(TOKENS, width), columns, None)
     for outputs, inputs in ((2 * ffn, hidden), (hidden, ffn)):
-        small, values = tensor(rows, inputs, dtype=fp8), tensor(experts, outputs, inputs, dtype=fp8)
-        back, scales = tensor(rows, outputs, dtype=fp8), tensor(experts, outputs, dtype=fp32)
-        adapter = tensor(experts, RANK, inputs)
-        inner = tensor(rows, RANK)
+        scales = tensor(experts, outputs, dtype=fp32)
         yield partial(quantized_mm_triton.quantize_rows, tensor(rows, inputs), None, offsets)
-        yield partial(quantized_mm_triton.tiled_product, small, values, row_scales, scales, offsets)
         yield partial(quantized_mm_triton.quantize_rows, tensor(rows, outputs), scales, offsets)
         yield partial(quantized_mm_triton.quantize_with, tensor(rows, outputs), scales, row_scales, offsets)
-        yield partial(gradient_gluon.untransposed_gradient, back, values, row_scales, offsets, inner, adapter)
-    tests = (tensor(160, 256, dtype=fp8), tensor(2, 256, 256, dtype=fp8), tensor(160, dtype=fp32))
-    half = (tensor(2, dtype=torch.int32), tensor(160, 16), tensor(2, 16, 256))
-    # The small product by which quantized_mm.reads_untransposed finds out that the kernel is right.
-    yield partial(gradient_gluon.untransposed_gradient, *tests, *half)
 
 
 def _portable_calls(experts: int) -> Iterator[Call]:
@@ -203,9 +198,10 @@ def compile_for(case: tuple[Capability, int]) -> list[str]:
                 except Exception as error:
                     failed.append(f"{type(error).__name__}: {error}".splitlines()[0])
         if capability == (9, 0) and experts == EXPERTS[0]:
-            from mixtral_run.model.kernels.hopper_grouped_mm import compiled
+            from mixtral_run.model.kernels.csrc.build import compiled
 
-            compiled()
+            for bits in (16, 8):
+                compiled(bits)
     except ImportError as error:
         failed.append(str(error))
     finally:

@@ -16,6 +16,7 @@ from mixtral_run.model.adapters.lora import initial_linear_in, with_start
 from mixtral_run.model.adapters.lora_experts import Adapters, adapted_experts
 from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.dispatch.permute import Permutation
+from mixtral_run.model.kernels.decoding.few_tokens import is_one, outputs_of_one
 from mixtral_run.model.kernels.grouped_mm import (
     add_product,
     added_linear,
@@ -258,6 +259,20 @@ class Experts(MegatronModule):
             return alone
         output, inner = second.with_inner(active, offsets, recomputed)
         return added_linear(output, inner, second.halves()[1].to(rows.dtype), second.lora.scale, offsets)
+
+    def takes_one(self, token: Tensor) -> bool:
+        """Return True if `outputs_of_one` can compute `forward` for this token [1, hidden], without a permutation."""
+        first, second = self.linear_fc1, self.linear_fc2
+        if first.lora is not None or second.lora is not None or first.weight is None or second.weight is None:
+            return False
+        return is_one(token, first.weight, second.weight)
+
+    def outputs_of_one(self, token: Tensor, experts: Tensor, probs: Tensor) -> Tensor:
+        """Return the sum of the experts' outputs times probs for one token; see few_tokens.outputs_of_one."""
+        first, second = self.linear_fc1.weight, self.linear_fc2.weight
+        assert first is not None
+        assert second is not None
+        return outputs_of_one(token, experts, probs, first, second)
 
     def _activate(self, rows: Tensor, offsets: Tensor, recipe: Recipe | None) -> tuple[Tensor, Recipe | None]:
         """Return linear_fc1 followed by SwiGLU, [tokens, ffn], and, given the rows' recipe, the recipe of the

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
 
 from mixtral_run.config.verbs.training import RUNS_AGAIN
 from mixtral_run.model.adapters.lora_settings import LoraSettings
@@ -22,6 +21,7 @@ from mixtral_run.model.parallel.megatron import (
     TransformerConfig,
     apply_prefix_mapping,
 )
+from mixtral_run.model.recompute.checkpoint import checkpoint
 from mixtral_run.model.recompute.offload import Offload
 from mixtral_run.model.routing.moe import MoELayer
 

@@ -28,11 +28,12 @@ from mixtral_run.model.experts import Experts
 from mixtral_run.model.kernels.cache import copy_from_image
 from mixtral_run.model.kernels.grouped_mm import has_grouped_product
 from mixtral_run.model.kernels.loss.cross_entropy import cross_entropy, has_cross_entropy
-from mixtral_run.model.kernels.requirements import kernel_problems
+from mixtral_run.model.kernels.requirements import attention_problems, kernel_problems
 from mixtral_run.model.kernels.selected import capability_of, select
 from mixtral_run.model.layer import LayerInputs, MixtralLayer
 from mixtral_run.model.norm import RMSNorm
 from mixtral_run.model.parallel.context import ContextPart
+from mixtral_run.model.parallel.frozen_linear import OutputLayer
 from mixtral_run.model.parallel.megatron import GPTModel, ModuleSpec, TransformerBlockSubmodules, TransformerConfig
 from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.model.parallel.param_sharding import mark
@@ -55,16 +56,32 @@ class ModelSettings:
     base_precision: str = "bf16"  # fp8, nf4: frozen weights of the experts in 8 or 4 bit; bf16: in dtype
     kernels: str = "auto"  # the value of --kernels; it counts for the whole process
     expert_chunks: int = 1  # of the tokens of a pass (routing/expert_chunks.py); decoding is never cut
+    attention_precision: str = "bf16"  # fp8: frozen projections of attention and output layer in 8 bit; bf16: in dtype
 
     @property
     def base_storage(self) -> str:
         """Form of the frozen experts: base_precision, or fp32 where that means a dtype of 32 bit."""
-        in_dtype = self.base_precision == "bf16"
-        return "fp32" if in_dtype and self.dtype is torch.float32 else self.base_precision
+        return self._storage(self.base_precision)
+
+    @property
+    def attention_storage(self) -> str:
+        """Form of the frozen projections of attention and of the output layer, in the same words."""
+        return self._storage(self.attention_precision)
+
+    def _storage(self, precision: str) -> str:
+        return "fp32" if precision == "bf16" and self.dtype is torch.float32 else precision
 
 
 class _Gpt(GPTModel):
-    """GPTModel whose loss needs no copies of the logits where a process has the whole vocabulary."""
+    """GPTModel whose loss needs no copies of the logits where a process has the whole vocabulary, and whose output
+    layer may be stored in 8 bit.
+    """
+
+    output_layer: Any
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.output_layer = OutputLayer.in_place_of(self.output_layer)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Return the losses [batch, sequence] of labels of the same shape, for logits [sequence, batch, vocabulary]."""
@@ -222,6 +239,18 @@ class MixtralModel(torch.nn.Module):
             if done is not None:
                 done(number, experts)
 
+    def quantize_attention(self) -> None:
+        """Quantize the loaded projections of attention and the output layer, if --attention-precision is fp8.
+
+        All ranks must call.
+        """
+        if self.settings.attention_precision == "bf16":
+            return
+        for layer in self.gpt.decoder.layers:
+            layer.self_attention.linear_qkv.quantize()
+            layer.self_attention.linear_proj.quantize()
+        self.gpt.output_layer.quantize()
+
     @property
     def is_capturable(self) -> bool:
         """Return True if the experts' products read the numbers of rows on the GPU: such a pass never waits for the
@@ -318,7 +347,12 @@ def build_model(architecture: MixtralArchitecture, settings: ModelSettings, mesh
     With adapters all other parameters are frozen. The process computes with the kernels of the model that was built
     last (kernels/selected.py). Raises ConfigError if the device lacks these. All ranks must call.
     """
-    if problems := kernel_problems(capability_of(mesh.device), settings.kernels):
+    capability = capability_of(mesh.device)
+    problems = kernel_problems(capability, settings.kernels)
+    if settings.attention_precision == "fp8":
+        widths = architecture.attention_widths(mesh.tensor_size)
+        problems += attention_problems(capability, settings.kernels, settings.dtype.itemsize, widths)
+    if problems:
         raise ConfigError(SETTINGS_ERROR, problems=problems)
     select(settings.kernels)
     if mesh.device.type == "cuda":

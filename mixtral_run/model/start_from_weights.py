@@ -23,6 +23,7 @@ from mixtral_run.model.adapters.lora import ColumnLinear, LinearAdapter, RowLine
 from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.experts import ExpertLinear
 from mixtral_run.model.mixtral import MixtralModel
+from mixtral_run.model.parallel.frozen_linear import dense_weight
 
 LARGEST_EXACT = 1024
 """The smaller side of a weight up to which PiSSA's decomposition is exact; above, it is randomized, as in PEFT."""
@@ -66,7 +67,7 @@ def start_from_weights(model: MixtralModel) -> None:
         for name, linear in (("linear_qkv", attention.linear_qkv), ("linear_proj", attention.linear_proj)):
             if linear.adapter is not None:
                 axis = 0 if isinstance(linear, ColumnLinear) else 1
-                whole = _gathered(linear.weight.detach(), axis, mesh.tensor_group)
+                whole = _gathered(dense_weight(linear), axis, mesh.tensor_group)
                 factors = factors_of(whole, lora.of(name), f"{lora.seed} {name} {number}")
                 _fill(linear, *_agreed(factors, (mesh.tensor_group, mesh.data_group)))
         for name, experts in layer.mlp.experts.linears.items():

@@ -6,6 +6,7 @@ import functools
 import json
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,12 +63,8 @@ class AvailableGpu:
 
 
 # Runs in a process of its own: the query creates a CUDA context on each GPU, which lasts as long as its process.
-_QUERY = """
-import json, sys, torch
-count = min(int(sys.argv[1]) or sys.maxsize, torch.cuda.device_count())
-gpus = [(*torch.cuda.mem_get_info(index), torch.cuda.get_device_capability(index)) for index in range(count)]
-print(json.dumps(gpus))
-"""
+# -P: the modules next to that file must not hide those of the standard library.
+_QUERY = ("-P", str(Path(__file__).with_name("ask_driver.py")))
 
 _started_queries: list[subprocess.Popen[str]] = []
 
@@ -75,7 +72,7 @@ _started_queries: list[subprocess.Popen[str]] = []
 def ask_ahead(config: LaunchConfig) -> None:
     """Start the query that `available_gpu` will need if this host has GPUs.
 
-    Call it before importing torch: both take seconds and can run at the same time.
+    Call it before importing torch: both can run at the same time.
     """
     if config.device != "cpu" and not is_worker() and has_nvidia_driver():
         _started_queries.append(_start_query(config.nproc_per_node or 0))
@@ -87,16 +84,19 @@ def has_nvidia_driver() -> bool:
 
 
 def _start_query(num_gpus: int) -> subprocess.Popen[str]:
-    argv = [sys.executable, "-c", _QUERY, str(num_gpus)]
+    argv = [sys.executable, *_QUERY, str(num_gpus)]
     return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def _query_result(query: subprocess.Popen[str], num_gpus: int | None = None) -> AvailableGpu | None:
     """Wait for a query. Return None if it failed: the cause is reported when the job first uses the GPU."""
-    answer, _ = query.communicate()
-    if query.returncode != 0:
+    assert query.stdout is not None
+    answer = query.stdout.readline()
+    # Destroying its contexts keeps the process for a moment, which nobody needs to wait for.
+    threading.Thread(target=query.communicate, name="GPU query", daemon=True).start()
+    if not answer:
         return None
-    gpus = json.loads(answer.splitlines()[-1])[:num_gpus]
+    gpus = json.loads(answer)[:num_gpus]
     if not gpus:
         return None
     total = min(total for _, total, _ in gpus)

@@ -25,7 +25,7 @@ from mixtral_run.planner.workload import GIB, Layout, Workload
 from mixtral_run.terminal.report import Report
 from mixtral_run.weights.manifest.describe import BaseDescription, describe_base
 
-PLANNED_FLAGS = {"method", "base_precision", *LORA_SHAPE}
+PLANNED_FLAGS = {"method", "base_precision", "attention_precision", *LORA_SHAPE}
 """Settings that the command of `plan` in an error repeats."""
 JobConfigT = TypeVar("JobConfigT", bound=TrainingConfig | InferenceConfig)
 
@@ -182,7 +182,7 @@ def peer_access_fits(
 
 def job_workload(config: LaunchConfig, base: BaseDescription, world_size: int, capability: tuple[int, int]) -> Workload:
     """Return the model and the batch of a job without LoRA. capability: compute capability of the GPUs."""
-    whole = _weight_bytes_each(config, base)
+    whole = weight_bytes_each(config, base)
     batch: dict[str, Any] = {}
     if isinstance(config, TrainingConfig):
         batch = {"seq_length": config.seq_length, "micro_batch_size": config.micro_batch_size}
@@ -199,7 +199,8 @@ def job_workload(config: LaunchConfig, base: BaseDescription, world_size: int, c
     )
 
 
-def _weight_bytes_each(config: LaunchConfig, base: BaseDescription) -> int:
+def weight_bytes_each(config: LaunchConfig, base: BaseDescription) -> int:
+    """Return the bytes of a weight in the dtype of the model."""
     return 4 if config.dtype == "fp32" or (config.dtype == "auto" and base.dtype == "float32") else 2
 
 
@@ -207,7 +208,7 @@ def workload_of(
     config: FinetuneConfig, base: BaseDescription, world_size: int, capability: tuple[int, int]
 ) -> Workload:
     """Return the run as the memory model sees it. capability: compute capability of the GPUs."""
-    whole = _weight_bytes_each(config, base)
+    whole = weight_bytes_each(config, base)
     return Workload(
         architecture=base.architecture,
         gpus=world_size,
@@ -217,6 +218,7 @@ def workload_of(
         **{name: getattr(config, name) for name in LORA_SHAPE},
         weight_bytes=whole,
         expert_bytes=EXPERT_BYTES.get(config.base_precision, whole),
+        attention_precision=config.attention_precision,
         gpus_per_host=processes.host_process_count(world_size),
         compute_capability=capability,
         kernels=config.kernels,

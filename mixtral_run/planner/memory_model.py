@@ -155,11 +155,25 @@ def weight_bytes(workload: Workload, layout: Layout) -> float:
     padding = 2 * hidden * (shape.padded_vocab_size(layout.tensor_model_parallel_size) - shape.vocab_size)
     whole = shape.num_parameters - experts - split
     dense = ((split + padding) / layout.tensor_model_parallel_size + whole) * workload.weight_bytes
+    if workload.attention_precision == "fp8":
+        dense += _attention_in_8_bit(workload, layout)
     expert_bytes: float = workload.expert_bytes
     if workload.expert_bytes == 1:
         # An fp32 scale for each output channel.
         expert_bytes += 4 * (2 * shape.ffn_hidden_size + hidden) / (3 * hidden * shape.ffn_hidden_size)
     return dense + experts * expert_bytes / layout.expert_model_parallel_size
+
+
+def _attention_in_8_bit(workload: Workload, layout: Layout) -> float:
+    """Return how many bytes more attention and the output layer take in 8 bit than in the dtype of the base.
+
+    Each weight has a transposed copy, and an fp32 number for each row and column (kernels/quantized/dense_mm.py).
+    """
+    shape, tp = workload.architecture, layout.tensor_model_parallel_size
+    rows, columns, vocabulary = shape.qkv_size / tp, shape.projection_size / tp, shape.padded_vocab_size(tp) / tp
+    weights = shape.hidden_size * (shape.num_layers * (rows + columns) + vocabulary)
+    sides = shape.num_layers * (rows + columns + 2 * shape.hidden_size) + vocabulary + shape.hidden_size
+    return weights * (2 - workload.weight_bytes) + 4 * sides
 
 
 def adapter_parameters(workload: Workload, layout: Layout) -> float:
@@ -256,10 +270,9 @@ def _buffers(workload: Workload, layout: Layout) -> float:
     shape, tp, tokens = workload.architecture, layout.tensor_model_parallel_size, workload.tokens(layout)
     layer = _expert_buffers(workload, layout)
     if layout.expert_chunks > 1:
-        layer = max(layer + tokens * _row_bytes(workload, shape.hidden_size) / tp, _attention_buffers(workload, layout))
-    if layout.context_parallel_size > 1:
-        # Keys and values of the row: as they were gathered, and the gradients of both orders.
-        layer += 3 * tokens * layout.context_parallel_size * keys_and_values(workload) / tp
+        layer += tokens * _row_bytes(workload, shape.hidden_size) / tp
+    if layout.expert_chunks > 1 or layout.context_parallel_size > 1:
+        layer = max(layer, _attention_buffers(workload, layout))
     if layout.recompute in RUNS_AGAIN:
         layer += _activations_of_layer(workload, layout)
     elif execution(workload, layout).captured:
@@ -300,10 +313,19 @@ def _attention_buffers(workload: Workload, layout: Layout) -> float:
     Gradients of its output projection's input, of queries, keys and values, and of linear_qkv's output; under TP also
     the whole sequence of its input and of its gradient.
     """
-    shape, tp = workload.architecture, layout.tensor_model_parallel_size
-    each = _row_bytes(workload, shape.projection_size + 2 * shape.qkv_size) / tp
+    shape, tp, size = workload.architecture, layout.tensor_model_parallel_size, layout.context_parallel_size
+    queries = _row_bytes(workload, shape.projection_size)
+    each = (queries + 2 * _row_bytes(workload, shape.qkv_size)) / tp
     gathered = 2 * _row_bytes(workload, shape.hidden_size) if tp > 1 else 0.0
-    return workload.tokens(layout) * (each + gathered)
+    # The gradient of linear_qkv's output in 8 bit.
+    small = shape.qkv_size / tp if workload.attention_precision == "fp8" else 0.0
+    tokens = workload.tokens(layout)
+    if size == 1:
+        return tokens * (each + gathered + small)
+    # Of a chunk, half of the tokens: the gradient of its queries in fp32; of the keys and values of the row: gradients
+    # for each head, their sums over the heads that share them, and those of the other chunk.
+    row = 2 * queries + 2 * keys_and_values(workload)
+    return tokens * (each + gathered + small + shape.projection_size * 4 / 2 / tp + size * row / tp)
 
 
 def _activations_of_layer(workload: Workload, layout: Layout) -> float:

@@ -17,7 +17,7 @@ from mixtral_run.config.verbs.align import rows_per_sample
 from mixtral_run.config.verbs.plan import PlanConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.model.architecture import MIXTRAL_8X7B
-from mixtral_run.model.kernels.requirements import kernel_problems
+from mixtral_run.model.kernels.requirements import attention_problems, kernel_problems
 from mixtral_run.planner.available import local_gpu
 from mixtral_run.planner.full_table import show_full_plan
 from mixtral_run.planner.memory_model import EXPERT_BYTES, USABLE, USABLE_OF_HOST, saved_copy_bytes
@@ -37,7 +37,9 @@ SHORT_PARTS = {
     "other": ("buffers", "context"),
 }
 """The columns on a terminal of 80 characters."""
-RUN_SETTINGS = {"load", "seq_length", "micro_batch_size", "base_precision", "kernels", "method", *LORA_SHAPE}
+RUN_SETTINGS = {
+    "load", "seq_length", "micro_batch_size", "base_precision", "attention_precision", "kernels", "method", *LORA_SHAPE,
+}  # fmt: skip
 """Settings of a plan that the run must have as well. Their defaults are those of finetune."""
 
 
@@ -61,6 +63,12 @@ def show_plan(config: PlanConfig) -> None:
     if problems := kernel_problems(gpu.compute_capability, config.kernels):
         raise ConfigError(SETTINGS_ERROR, problems=problems, next_command="the same command without --kernels")
     workload = workload_of(config, gpu)
+    if config.attention_precision == "fp8":
+        widths = workload.architecture.attention_widths(1)
+        problems = attention_problems(gpu.compute_capability, config.kernels, workload.weight_bytes, widths)
+        if problems:
+            next_command = "the same command without --attention-precision"
+            raise ConfigError(SETTINGS_ERROR, problems=problems, next_command=next_command)
     host = config.host_memory * GIB if config.host_memory is not None else math.inf
     if config.full:
         # Data-parallel processes of all hosts share the state.
@@ -131,6 +139,7 @@ def workload_of(config: PlanConfig, gpu: PlannedGpu) -> Workload:
         **{name: getattr(config, name) for name in LORA_SHAPE},
         weight_bytes=whole,
         expert_bytes=EXPERT_BYTES.get(config.base_precision, whole),
+        attention_precision=config.attention_precision,
         compute_capability=gpu.compute_capability,
         kernels=config.kernels,
         cuda_graphs=config.method is None,

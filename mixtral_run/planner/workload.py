@@ -53,6 +53,7 @@ class Workload:
         rows_per_sample: rows of a sample of the micro batch: two for a pair of answers.
         weight_bytes: bytes per weight of the base without its experts.
         expert_bytes: bytes per expert weight.
+        attention_precision: the value of --attention-precision.
         compute_capability: of the GPUs.
         kernels: the value of --kernels.
         cuda_graphs: True if the pass is captured wherever the layout allows it (planner/policy.py).
@@ -78,6 +79,7 @@ class Workload:
     lora_target_modules: tuple[str, ...] = LORA_TARGET_MODULES
     weight_bytes: int = 2
     expert_bytes: float = 2
+    attention_precision: str = "bf16"
     gpus_per_host: int = GPUS_PER_HOST
     compute_capability: tuple[int, int] = HOPPER
     kernels: str = "auto"

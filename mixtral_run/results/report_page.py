@@ -108,7 +108,9 @@ def _tiles(summary: dict[str, Any]) -> str:
     context, chunks = (int(number(summary.get(name)) or 1) for name in ("context_parallel_size", "expert_chunks"))
     layout = (
         f"{summary.get('num_processes')} × {summary.get('device')}, {layout_name(*sizes, context)}, "
-        f"base in {summary.get('base_precision')}, recompute {summary.get('recompute')}"
+        f"base in {summary.get('base_precision')}, "
+        + ("attention in fp8, " if summary.get("attention_precision") == "fp8" else "")
+        + f"recompute {summary.get('recompute')}"
         + (f", experts in {chunks} chunks" if chunks > 1 else "")
     )
     return f'<div class="tiles">{tiles}</div>\n<p class="quiet">{escaped(layout)}</p>'

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mixtral_run.config.verbs.align import loss_of
 from mixtral_run.errors import ConfigError
 from mixtral_run.results.read_run import number
 
@@ -59,7 +60,9 @@ def best_run(rows: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], list
     elif len(known) < len(rows):
         remarks.append(f"{len(rows) - len(known)} of {len(rows)} runs have no validation loss and do not take part.")
     if not known:
-        raise ConfigError("No run has a loss.", expected="folders that finetune wrote with --save")
+        raise ConfigError("No run has a loss.", expected="folders that finetune, align or pretrain wrote with --save")
+    if len({repr(loss_of(row.get("settings") or {})) for row in known}) > 1:
+        remarks.append("The runs do not minimize the same loss: their losses cannot be compared.")
     data = {_validation_data(row) for row in known}
     if name == "best_validation_loss" and len(data) > 1:
         remarks.append("The runs do not have the same validation set: their losses cannot be compared.")

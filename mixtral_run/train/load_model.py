@@ -48,8 +48,10 @@ def load_for_training(
 ) -> MixtralModel:
     """Return the base with new adapters, in training mode. cache: see `load_base`. All ranks must call."""
     dtype = pick_dtype(config.dtype, base, mesh.device)
-    chunks = config.expert_chunks or 1 if isinstance(config, FinetuneConfig) else 1
-    settings = ModelSettings(dtype, True, lora, recompute, base_precision, config.kernels, chunks)
+    chunks, attention = 1, "bf16"
+    if isinstance(config, FinetuneConfig):
+        chunks, attention = config.expert_chunks or 1, config.attention_precision
+    settings = ModelSettings(dtype, True, lora, recompute, base_precision, config.kernels, chunks, attention)
     model = _build(base, settings, mesh, cache)
     if not (isinstance(config, FinetuneConfig) and (config.resume or config.init_adapter)):
         # Otherwise a checkpoint has the start.

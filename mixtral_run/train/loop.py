@@ -41,6 +41,7 @@ from mixtral_run.train.run_loop import (
 )
 from mixtral_run.train.steps.bad_steps import BadSteps
 from mixtral_run.train.steps.cuda_graph import backward_of
+from mixtral_run.train.steps.eager_optimizer import SGD
 from mixtral_run.train.steps.sgd_in_backward import SgdInBackward
 from mixtral_run.train.steps.step import Backward, Step, adapter_optimizer, optimizer_step, trainable
 from mixtral_run.train.validation import Validation
@@ -147,7 +148,7 @@ def _sgd_step(
     """Return the step of SGD over all weights that needs the least memory, and its name for the log."""
     if steps_in_backward and config.max_norm == 0:
         return SgdInBackward(model, config.weight_decay).step, "SGD within the backward pass"
-    optimizer = torch.optim.SGD(trainable(model), lr=config.lr, weight_decay=config.weight_decay)
+    optimizer = SGD(trainable(model), lr=config.lr, weight_decay=config.weight_decay)
     how = "SGD; all gradients are held, for clipping or for several micro batches"
     return optimizer_step(model, optimizer, config.max_norm, backward), how
 

@@ -15,9 +15,9 @@ from mixtral_run.config.verbs.training import FinetuneConfig, RunConfig, Trainin
 from mixtral_run.errors import ConfigError, MixtralRunError, joined
 from mixtral_run.launch import processes
 from mixtral_run.model.adapters.lora_settings import LoraSettings
-from mixtral_run.model.kernels.requirements import kernel_problems
+from mixtral_run.model.kernels.requirements import attention_problems, kernel_problems
 from mixtral_run.planner.available import available_gpu
-from mixtral_run.planner.choose import settled, training_memory_error
+from mixtral_run.planner.choose import settled, training_memory_error, weight_bytes_each
 from mixtral_run.planner.memory_model import SAVED_TENSORS
 from mixtral_run.results.run_files import ALL_FILES
 from mixtral_run.run_lock import LOCK_NAME, lock_file_of, lock_problems
@@ -309,9 +309,14 @@ def reserved_bytes(config: FinetuneConfig, base: BaseDescription) -> int:
 def layout_problems(config: LaunchConfig, base: BaseDescription) -> list[str]:
     """Return the reasons why the base cannot be split into the config's layout, or computed with its kernels."""
     problems = base.architecture.layout_problems(*config.layout_sizes) if config.has_layout else []
-    if config.kernels != "auto":
+    in_8_bit = isinstance(config, FinetuneConfig) and config.attention_precision == "fp8"
+    if config.kernels != "auto" or in_8_bit:
         gpu = available_gpu(config.device, processes.process_count(config))
-        problems += kernel_problems(gpu.compute_capability if gpu is not None else None, config.kernels)
+        capability = gpu.compute_capability if gpu is not None else None
+        problems += kernel_problems(capability, config.kernels)
+        if in_8_bit and not problems:
+            widths = base.architecture.attention_widths(config.layout_sizes[0] if config.has_layout else 1)
+            problems += attention_problems(capability, config.kernels, weight_bytes_each(config, base), widths)
     return problems
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from mixtral_run.config.verbs.align import AlignConfig
+from mixtral_run.config.verbs.align import AlignConfig, loss_of
 from mixtral_run.config.verbs.training import FinetuneConfig, RunConfig
 from mixtral_run.launch.processes import SHUTDOWN_SECONDS
 from mixtral_run.model.adapters.lora_settings import LoraSettings
@@ -242,8 +242,13 @@ def changed_order(config: RunConfig, adapter: Saved, data_sha256: str | None) ->
 
 def changed_loss(config: RunConfig, adapter: Saved) -> list[str]:
     """Return the settings of the loss that have changed since the run stopped, each with its former value."""
-    has_reference = isinstance(config, AlignConfig) and config.has_reference
-    return _changed(config, adapter, (*LOSS_SETTINGS, "init_adapter") if has_reference else LOSS_SETTINGS)
+    names: tuple[str, ...] = LOSS_SETTINGS
+    if isinstance(config, AlignConfig):
+        if loss_of(config.to_mapping()) == loss_of(config.with_current_names(adapter.training)):
+            # At most a default was written out.
+            names = ()
+        names = (*names, "init_adapter") if config.has_reference else names
+    return _changed(config, adapter, names)
 
 
 def changed_draws(config: RunConfig, adapter: Saved) -> str | None:

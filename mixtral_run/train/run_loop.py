@@ -144,6 +144,7 @@ def report_end(run: Run, config: RunConfig, outcome: Outcome, ending: Ending, nu
         load_seconds=run.load_seconds,
         recompute=config.recomputation,
         base_precision=run.model.settings.base_storage,
+        attention_precision=run.model.settings.attention_storage,
         validation=run.validation.results if run.validation is not None else (),
         last_iteration=done,
         train_iters=config.iterations,

@@ -67,6 +67,8 @@ class Summary:
         peak_memory_gib: of each process in the order of ranks; on GPUs as torch counts it, without the CUDA context and
             NCCL.
         base_precision: form in which the frozen experts are stored: fp32, bf16, fp8 or nf4.
+        attention_precision: form in which the frozen projections of attention and the output layer are stored: fp32,
+            bf16 or fp8.
         last_iteration, train_iters: at which the run ended, and at which it was to end.
         epochs: of --epochs; None if --train-iters was given.
         best_iteration, best_validation_loss: of the lowest validation loss, iterations before a --resume included.
@@ -89,6 +91,7 @@ class Summary:
     context_parallel_size: int
     recompute: str
     base_precision: str
+    attention_precision: str
     validation: ValidationSummary | None
     last_iteration: int
     train_iters: int
@@ -116,6 +119,7 @@ def summarize(
     load_seconds: float,
     recompute: str,
     base_precision: str,
+    attention_precision: str,
     validation: Sequence[ValidationMetrics],
     last_iteration: int,
     train_iters: int,
@@ -145,6 +149,7 @@ def summarize(
         context_parallel_size=mesh.context_size,
         recompute=recompute,
         base_precision=base_precision,
+        attention_precision=attention_precision,
         validation=ValidationSummary.of(validation),
         last_iteration=last_iteration,
         train_iters=train_iters,

@@ -8,7 +8,7 @@ import torch
 
 from tests.multiprocess.conftest import torchrun
 
-WORKER = Path(__file__).parent / "captured_worker.py"
+WORKER = Path(__file__).parent / "workers" / "captured_worker.py"
 TWO = [
     "1x2:none:bf16",
     "1x2:full:bf16",

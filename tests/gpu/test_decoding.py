@@ -9,7 +9,7 @@ import torch
 from mixtral_run.inference.decode import CAPTURE_TOLERANCE
 from tests.multiprocess.conftest import torchrun
 
-WORKER = Path(__file__).parent / "decoding_worker.py"
+WORKER = Path(__file__).parent / "workers" / "decoding_worker.py"
 ONE = ["1x1:bf16:adapted", "1x1:bf16:base", "1x1:fp8:adapted", "1x1:nf4:adapted"]
 SEVERAL = {2: ["1x2:bf16:adapted", "1x2:bf16:base", "2x1:bf16:adapted", "2x2:bf16:base"], 4: ["1x4:bf16:adapted"]}
 

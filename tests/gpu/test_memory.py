@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from benchmarks.lora import build_ours
-from benchmarks.modes import run_case
+from benchmarks.modes import options, run_case
 from mixtral_run.config.launch import LaunchConfig
+from mixtral_run.model.allocator import VARIABLES, growing_segments
 from mixtral_run.model.parallel.mesh import open_mesh
 from mixtral_run.planner.available import available_gpu
 from mixtral_run.planner.workload import GIB
@@ -26,6 +27,26 @@ def test_the_gpus_are_asked() -> None:
     assert 0 < found.free <= found.total
 
 
+def test_memory_serves_tensors_that_are_a_little_larger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One at a time, of 64, 68, … 92 MiB: plain segments are each too small for the next one, 624 MiB together."""
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    device = torch.device("cuda", torch.cuda.current_device())
+
+    def reserved() -> int:
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        for size in range(64, 96, 4):
+            torch.empty(size, 2**20, dtype=torch.uint8, device=device)
+        return (torch.cuda.memory_reserved() - before) // 2**20
+
+    assert reserved() == 624
+    with growing_segments(device):
+        assert 92 <= reserved() <= 150
+    torch.cuda.empty_cache()
+    assert reserved() == 624
+
+
 @pytest.fixture(scope="module")
 def model() -> Iterator[Any]:
     if torch.cuda.get_device_properties(0).total_memory < NEEDED_GIB * GIB:
@@ -37,7 +58,8 @@ def model() -> Iterator[Any]:
 
 
 def arguments_of(*, eager: bool = False, micro_batches: int = 1) -> argparse.Namespace:
-    return argparse.Namespace(steps=2, base_precision="bf16", eager=eager, micro_batches=micro_batches)
+    words = ["--steps", "2", "--micro-batches", str(micro_batches), *(["--eager"] if eager else [])]
+    return options().parse_args(words)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from tests.gpu.kernels.test_kernels import SEQ_LENGTH, small_model
 
 
 class FewSamples(MockSamples):
+    num_loss_tokens_total = 5 * SEQ_LENGTH
+
     def __len__(self) -> int:
         return 5
 

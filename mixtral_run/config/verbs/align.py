@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from mixtral_run.config.data import AUTO, DPO, KTO, METHODS, ORPO, PAIRS, SIMPO, UNPAIRED
 from mixtral_run.config.fields import DATA, LAYOUT, LORA, MEMORY, OPTIMIZER, PREFERENCES, setting
@@ -18,11 +19,29 @@ SIGMOID, IPO, HINGE = LOSS_TYPES = ("sigmoid", "ipo", "hinge")
 """Forms of the loss of dpo."""
 DEFAULT_BETA = {SIMPO: 2.0}
 """Where it differs from 0.1."""
+SIMPO_GAMMA = 0.5
+"""Default of --simpo-gamma, as in TRL."""
 
 
 def rows_per_sample(method: str | None, *, pack: bool = False) -> int:
     """Return the rows of a sample of --micro-batch-size: two for a pair of answers. None: the method of finetune."""
     return 2 if method in (DPO, ORPO, SIMPO) and not pack else 1
+
+
+def loss_of(settings: Mapping[str, Any]) -> tuple[object, ...] | None:
+    """Return the method with the values that decide its loss, from settings as JSON values; None for other verbs.
+
+    A value that was not given and its default are the same.
+    """
+    method = settings.get("method")
+    if method is None:
+        return None
+    defaults = {
+        "beta": DEFAULT_BETA.get(str(method), 0.1), "reference": START, "loss_type": SIGMOID, "label_smoothing": 0.0,
+        "simpo_gamma": SIMPO_GAMMA, "desirable_weight": 1.0, "undesirable_weight": 1.0,
+    }  # fmt: skip
+    given = {name: settings.get(name) for name in defaults}
+    return (method, *(defaults[name] if value is None else value for name, value in given.items()))
 
 
 @dataclass(frozen=True, kw_only=True)

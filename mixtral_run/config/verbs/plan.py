@@ -7,16 +7,18 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixtral_run.config.context import ContextConfig
+from mixtral_run.config.context import ContextConfig, chunk_problems, row_problems
 from mixtral_run.config.data import METHODS
 from mixtral_run.config.fields import DATA, LAYOUT, MEMORY, OUTPUT, PREFERENCES, flag_of, setting
 from mixtral_run.config.gpus import DEFAULT_MEMORY_GIB, GPU_MODELS, GPUS_PER_HOST
 from mixtral_run.config.launch import KernelsConfig
-from mixtral_run.config.lora import LORA_SHAPE, LoraShapeConfig
+from mixtral_run.config.lora import LORA_SHAPE
+from mixtral_run.config.precision import AttentionPrecisionConfig
+from mixtral_run.config.verbs.align import rows_per_sample
 from mixtral_run.config.verbs.training import BASE_PRECISIONS
 
 DEFAULT_NETWORK = "400Gb"
-_NOT_FULL = ("method", "base_precision", "expert_chunks", "tokens_per_second", "network")
+_NOT_FULL = ("method", "base_precision", "attention_precision", "expert_chunks", "tokens_per_second", "network")
 
 
 def network_bytes(text: str) -> float:
@@ -28,7 +30,7 @@ def network_bytes(text: str) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig(KernelsConfig, LoraShapeConfig, ContextConfig):
+class PlanConfig(KernelsConfig, AttentionPrecisionConfig, ContextConfig):
     """Memory of each layout, computed before anything runs."""
 
     gpus: int = setting(8, help="GPUs of the job; with --hosts, of each host.", minimum=1, section=LAYOUT)
@@ -109,6 +111,12 @@ class PlanConfig(KernelsConfig, LoraShapeConfig, ContextConfig):
                 "--context-parallel-size: expected 1 with --method, since `align` needs whole rows; found "
                 f"{self.context_parallel_size}"
             )
+        context, gpus = max(self.context_parallel_size or 1, 1), self.gpus * self.hosts
+        if gpus % context:
+            found.append(f"--context-parallel-size: expected a divisor of {gpus}, the GPUs of the job; found {context}")
+        found += row_problems(self.seq_length, 1, context)
+        tokens = self.micro_batch_size * rows_per_sample(self.method) * self.seq_length // context
+        found += chunk_problems(self.expert_chunks, tokens)
         if self.method is not None and self.train_also:
             found.append(
                 f"--train-also: expected none with --method, since `align` trains adapters only; found "

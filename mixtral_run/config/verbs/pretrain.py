@@ -14,7 +14,8 @@ from mixtral_run.config.verbs.training import RunConfig
 OPTIMIZERS = ("sgd", "adamw")
 NEEDS_SAVE = (
     "resume", "keep_last", "keep_best", "valid_data_path", "valid_fraction", "early_stopping_patience", "run_name",
-    "log_to", "pack", "max_loss_ratio", "skip_bad_steps", "save_in_background",
+    "log_to", "pack", "max_loss_ratio", "skip_bad_steps", "save_in_background", "save_interval", "eval_interval",
+    "report_prompts", "report_tokens",
 )  # fmt: skip
 """Settings of a run that saves; without --save they would be ignored."""
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from mixtral_run.config.context import ContextLaunchConfig, row_multiple
+from mixtral_run.config.context import ContextLaunchConfig, chunk_problems, row_problems
 from mixtral_run.config.data import DataConfig
 from mixtral_run.config.fields import DATA, LAYOUT, LORA, MEMORY, OPTIMIZER, OUTPUT, Config, setting
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.lora import LoraConfig
+from mixtral_run.config.precision import AttentionPrecisionConfig
 from mixtral_run.config.schedule import ScheduleConfig
 
 BASE_PRECISIONS = ("bf16", "fp8", "nf4")
@@ -106,11 +107,8 @@ class TrainingConfig(ScheduleConfig, DataConfig, LaunchConfig):
                 f"--seq-length: expected a multiple of --tensor-model-parallel-size ({tp}), over which the sequence "
                 f"is split; found {self.seq_length}"
             )
-        elif cp > 1 and self.seq_length % row_multiple(max(tp or 1, 1), cp):
-            found.append(
-                f"--seq-length: expected a multiple of {row_multiple(max(tp or 1, 1), cp)}, as --context-parallel-size "
-                f"{cp} cuts a row into {2 * cp} equal chunks; found {self.seq_length}"
-            )
+        else:
+            found += row_problems(self.seq_length, max(tp or 1, 1), cp)
         return found
 
 
@@ -277,6 +275,18 @@ class RunConfig(CheckpointConfig, TrainingConfig):
             found.append("--valid-fraction and --valid-data-path: expected one of them; found both")
         if self.valid_fraction and self.mock_data:
             found.append("--valid-fraction: expected --data-path; found --mock-data")
+        if self.save is not None and not self.has_validation:
+            ignored = {
+                "--eval-interval": self.eval_interval != RunConfig.eval_interval,
+                "--report-prompts": self.report_prompts not in (0, RunConfig.report_prompts),
+                "--report-tokens": self.report_tokens != RunConfig.report_tokens,
+            }
+            found += [
+                f"{flag}: expected --valid-data-path or --valid-fraction with it; found neither, so that it would be "
+                "ignored"
+                for flag, is_given in ignored.items()
+                if is_given
+            ]
         if self.early_stopping_patience and not self.has_validation:
             found.append(
                 "--early-stopping-patience: expected --valid-data-path or --valid-fraction, whose loss decides; found "
@@ -291,7 +301,7 @@ def can_resume(settings: Mapping[str, Any]) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(LoraConfig, ContextLaunchConfig, RunConfig):
+class FinetuneConfig(LoraConfig, AttentionPrecisionConfig, ContextLaunchConfig, RunConfig):
     """LoRA fine-tuning of a base model."""
 
     VERB: ClassVar[str] = "finetune"
@@ -353,7 +363,9 @@ class FinetuneConfig(LoraConfig, ContextLaunchConfig, RunConfig):
                 f"--expert-chunks: expected --recompute full or offload with it, as the backward pass computes each "
                 f"chunk again; found --recompute {self.recomputation}"
             )
-        return found
+        ranks_of_a_row = max(self.tensor_model_parallel_size or 1, 1) * max(self.context_size, 1)
+        tokens = self.micro_batch_size * self.rows_per_sample * self.seq_length // ranks_of_a_row
+        return found + chunk_problems(self.expert_chunks, tokens)
 
 
 @dataclass(frozen=True, kw_only=True)

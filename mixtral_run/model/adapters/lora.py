@@ -23,9 +23,15 @@ from torch.nn.functional import linear
 
 from mixtral_run.model.adapters.cast_adapters import cast_copy
 from mixtral_run.model.adapters.lora_settings import LoraSettings
+from mixtral_run.model.kernels.decoding.few_tokens import is_one, product_of_one
+from mixtral_run.model.kernels.quantized.dense_mm import Frozen, frozen_gradient, frozen_product
+from mixtral_run.model.parallel.frozen_linear import (
+    FrozenColumnLinear,
+    FrozenRowLinear,
+    frozen_weight,
+    shards_of_weight,
+)
 from mixtral_run.model.parallel.megatron import (
-    ColumnParallelLinear,
-    RowParallelLinear,
     TransformerConfig,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -134,16 +140,17 @@ class LinearAdapter(torch.nn.Module):
         return result
 
 
-def adapted_linear(hidden: Tensor, weight: Tensor, adapter: LinearAdapter, recipe: Recipe | None) -> Tensor:
+def adapted_linear(hidden: Tensor, weight: Frozen, adapter: LinearAdapter, recipe: Recipe | None) -> Tensor:
     """Return hidden · weightᵀ + alpha / r · (hidden · Aᵀ) · Bᵀ as one autograd node.
 
-    The weight is frozen and not split, and there is no dropout. The product that computes the adapter's part also adds
-    it, forward and backward. hidden [.., in], weight [out, in]. recipe: how to recompute hidden; None to save it.
+    The weight is frozen, in 8 bit or not, and not split, and there is no dropout. The product that computes the
+    adapter's part also adds it, forward and backward. hidden [.., in], weight [out, in]. recipe: how to recompute
+    hidden; None to save it.
     """
     make, saved = (recipe.make, recipe.sources) if recipe is not None else (None, (hidden.detach(),))
     halves = adapter.halves()
     output: Tensor = _AdaptedLinear.apply(  # type: ignore[no-untyped-call]
-        hidden, *halves, weight.detach(), adapter.lora.scale, make, *saved
+        hidden, *halves, weight, adapter.lora.scale, make, *saved
     )
     return output
 
@@ -155,7 +162,7 @@ class _AdaptedLinear(torch.autograd.Function):
         hidden: Tensor,
         linear_in: Tensor,
         linear_out: Tensor,
-        weight: Tensor,
+        weight: Frozen,
         scale: float,
         make: Callable[..., Tensor] | None,
         *saved: Tensor,
@@ -163,7 +170,7 @@ class _AdaptedLinear(torch.autograd.Function):
         first, second = cast_copy(linear_in, hidden.dtype), cast_copy(linear_out, hidden.dtype)
         flat = hidden.flatten(0, -2)
         inner = _scaled_product(flat, first.t(), scale)
-        output = (flat @ weight.t()).addmm_(inner, second.t())
+        output = frozen_product(flat, weight).addmm_(inner, second.t())
         ctx.save_for_backward(inner, first, second, *saved)
         ctx.weight, ctx.scale, ctx.make, ctx.dtype = weight, scale, make, linear_in.dtype
         return output.view(*hidden.shape[:-1], -1)
@@ -178,7 +185,7 @@ class _AdaptedLinear(torch.autograd.Function):
         for_second = _product_in(ctx.dtype, gradient.t(), inner)
         for_hidden = None
         if ctx.needs_input_grad[0]:
-            for_hidden = (gradient @ ctx.weight).addmm_(for_inner, first).view(hidden.shape)
+            for_hidden = frozen_gradient(gradient, ctx.weight).addmm_(for_inner, first).view(hidden.shape)
         return (for_hidden, for_first, for_second, None, None, None, *(None for _ in saved))
 
 
@@ -195,7 +202,7 @@ def _product_in(dtype: torch.dtype, left: Tensor, right: Tensor) -> Tensor:
     return (left @ right).to(dtype)
 
 
-class ColumnLinear(ColumnParallelLinear):
+class ColumnLinear(FrozenColumnLinear):
     """Linear layer with rows split over TP and no bias; it has an adapter if `lora` targets it."""
 
     def __init__(
@@ -219,8 +226,12 @@ class ColumnLinear(ColumnParallelLinear):
         hidden.
         """
         if self.adapter is not None and self.adapter.stands_alone(self.tp_group):
-            return adapted_linear(hidden, self.weight, self.adapter, recipe)
-        output: Tensor = super().forward(hidden)[0]
+            return adapted_linear(hidden, frozen_weight(self), self.adapter, recipe)
+        if self.adapter is None and self.tp_group.size() == 1:
+            weight = frozen_weight(self)
+            if isinstance(weight, Tensor) and is_one(hidden, weight):
+                return product_of_one(hidden, weight)
+        output = self.base_output(hidden)
         if self.adapter is None:
             return output
         inner = self.adapter.inner(hidden, recipe)
@@ -236,7 +247,7 @@ class ColumnLinear(ColumnParallelLinear):
         return _with_adapter(self, 0, prefix, sharded_offsets, metadata)
 
 
-class RowLinear(RowParallelLinear):
+class RowLinear(FrozenRowLinear):
     """Linear layer with columns split over TP and no bias; it has an adapter if `lora` targets it."""
 
     def __init__(
@@ -268,8 +279,12 @@ class RowLinear(RowParallelLinear):
         hidden.
         """
         if self.adapter is not None and self.adapter.stands_alone(self.tp_group):
-            return adapted_linear(hidden, self.weight, self.adapter, recipe)
-        output: Tensor = super().forward(hidden)[0]
+            return adapted_linear(hidden, frozen_weight(self), self.adapter, recipe)
+        if self.adapter is None and self.tp_group.size() == 1:
+            weight = frozen_weight(self)
+            if isinstance(weight, Tensor) and is_one(hidden, weight):
+                return product_of_one(hidden, weight)
+        output = self.base_output(hidden)
         if self.adapter is None:
             return output
         inner = self.adapter.inner(hidden, recipe)
@@ -293,12 +308,7 @@ def _with_adapter(
     metadata: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Return the shards of the layer's weight under its own key, and of the adapter's matrices under `adapter.`."""
-    result: dict[str, Any] = make_sharded_tensors_for_checkpoint(
-        {"weight": layer.weight},
-        prefix,
-        {"weight": axis},
-        sharded_offsets,
-    )
+    result = shards_of_weight(layer, axis, prefix, sharded_offsets)
     if layer.adapter is not None:
         result |= layer.adapter.sharded_state_dict(f"{prefix}adapter.", sharded_offsets, metadata)
     return result

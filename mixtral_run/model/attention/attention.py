@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from mixtral_run.model.adapters.lora import ColumnLinear, RowLinear
 from mixtral_run.model.adapters.lora_settings import LoraSettings
+from mixtral_run.model.attention.cached_attention import cached_attention
 from mixtral_run.model.attention.context_attention import ContextInputs, attention_of_chunks
 from mixtral_run.model.attention.packed_attention import Packed, packed_attention
 from mixtral_run.model.attention.rotary import split_and_rotate
@@ -36,10 +37,7 @@ class KeyValueCache:
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Append key and value [batch, groups, new, head size]; return those of all tokens."""
-        if self.place is not None:
-            self.keys[layer].index_copy_(2, self.place, key)
-            self.values[layer].index_copy_(2, self.place, value)
-            return self.keys[layer], self.values[layer]
+        assert self.place is None, "with a place, cached_attention.py writes into the cache"
         if layer not in self.keys:
             batch, groups, _, size = key.shape
             self.keys[layer] = key.new_zeros(batch, groups, self.max_length, size)
@@ -102,7 +100,10 @@ class Attention(MegatronModule):
 
         recipe: how to recompute `hidden` in the backward pass; None to save it.
         """
-        query, key, value = self._split_heads(self.linear_qkv(hidden, recipe), inputs)
+        mixed = self.linear_qkv(hidden, recipe)
+        if inputs.cache is not None and inputs.cache.place is not None:
+            return self._decode_one(mixed, inputs, inputs.cache, inputs.cache.place)
+        query, key, value = self._split_heads(mixed, inputs)
         if inputs.cache is not None:
             key, value = inputs.cache.append(self.layer_number, key, value)
         if inputs.packed is not None:
@@ -116,6 +117,15 @@ class Attention(MegatronModule):
         # Attention saves its result for its own gradient; with positions first it is a copy, which can be recomputed.
         again = Recipe.of(_positions_first, context) if recipe is not None else None
         projected: Tensor = self.linear_proj(_positions_first(context), again)
+        return projected
+
+    def _decode_one(self, mixed: Tensor, inputs: AttentionInputs, cache: KeyValueCache, place: Tensor) -> Tensor:
+        """Return `forward`'s output for one new token of each row, mixed [1, batch, rows / TP]."""
+        assert inputs.mask is not None, "what is filled of the cache is known on the device only"
+        keys, values = cache.keys[self.layer_number], cache.values[self.layer_number]
+        mixed = mixed.view(*mixed.shape[:2], self.groups, self.heads_per_group + 2, self.head_size)
+        context = cached_attention(mixed, inputs.cosine, inputs.sine, keys, values, place, inputs.mask)
+        projected: Tensor = self.linear_proj(context)
         return projected
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

@@ -100,5 +100,6 @@ def attention_of_chunks(query: Tensor, key: Tensor, value: Tensor, bounds: tuple
             *(each.queries, each.keys, *each.longest),
             **causal_arguments(heads != key.shape[1]),
         )
-        results.append(output.unflatten(0, (batch, chunk)).transpose(1, 2))
-    return torch.cat(results, dim=2)
+        results.append(output.unflatten(0, (batch, chunk)))
+    # Joined with positions first, as the output projection takes them: of one row that is no further copy.
+    return torch.cat(results, dim=1).transpose(1, 2)

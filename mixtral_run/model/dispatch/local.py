@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mixtral_run.model.dispatch.base import ExpertInputs, TokenDispatcher
 from mixtral_run.model.dispatch.permute import Permutation, permute, sort_by_expert, sorted_probs, unpermute
+from mixtral_run.model.kernels.decoding.few_tokens import are_few, sorted_rows
 from mixtral_run.model.recompute.recipe import Recipe
 
 
@@ -30,6 +31,9 @@ class LocalDispatcher(TokenDispatcher[LocalTrip]):
         self, tokens: Tensor, probs: Tensor, experts: Tensor, *, recipe: Recipe | None, indexed: bool
     ) -> tuple[ExpertInputs, LocalTrip]:
         topk = experts.shape[1]
+        if not indexed and recipe is None and are_few(tokens):
+            rows, order, inverse, offsets = sorted_rows(tokens, experts, self._num_experts)
+            return ExpertInputs(rows, Permutation(offsets)), LocalTrip(probs, order, inverse)
         order, inverse, offsets = sort_by_expert(experts.flatten(), self._num_experts)
         if not indexed and recipe is None:
             rows = permute(tokens, order, inverse, topk)

@@ -319,8 +319,8 @@ def _small_products(device: torch.device, depth: int, width: int, *, transposed:
 def why_not(small: Callable[[], tuple[Tensor, Tensor]]) -> str:
     """Return why a kernel cannot be used on this machine; "" if it can.
 
-    small: computes the kernel's result in a small case, and the reference. Any exception counts: Gluon, Triton's
-    language of layouts, changes from version to version.
+    small: computes the kernel's result in a small case, and the reference. Any exception counts: compilers
+    change from version to version.
     """
     try:
         found, expected = small()

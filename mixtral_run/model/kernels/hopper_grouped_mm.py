@@ -1,4 +1,5 @@
-"""Grouped products in bf16 for Hopper, with an adapter's part in the same sum. Import only on machines with a GPU.
+"""Grouped products in 16 and 8 bit for Hopper, with an adapter's part in the same sum. Import only on machines with a
+GPU.
 
     output [tokens, n] = rows [tokens, k] · Wᵀ, W [experts, n, k]       forward
     output [tokens, n] = rows [tokens, k] · W,  W [experts, k, n]       gradient of the rows
@@ -21,6 +22,11 @@ are split along the sum if that is faster; the program that finishes a tile last
 The adapter's part is one more slice: TMA reads zeros beyond the r columns of `inner`, so that the other operand does
 not matter there.
 
+In 8 bit (float8 e4m3) a slice is 128 long, and sums are multiplied by the scales of tokens and features before they
+are stored. Hopper multiplies 8-bit operands only if they are contiguous along the sum. For the gradient the weights are
+not: they go through registers, where they are transposed on their way (csrc/product_registers.cuh), each word once for
+up to 256 tokens.
+
 The kernel is CUDA C++ (csrc/product.cu), since neither Triton nor Gluon has instructions of such widths, or pairs that
 share their loads. NVRTC, which comes with torch, compiles it; the binary is cached in Triton's cache folder. Concurrent
 calls on several streams would mix their pieces; the model uses one stream.
@@ -30,26 +36,19 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import tempfile
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
-from cuda.bindings import driver, nvrtc
+from cuda.bindings import driver
 from torch import Tensor
 
-from mixtral_run.model.kernels.cache import cache_folder
-
-PARTS = ("product_machine.cuh", "product_plan.cuh")
-SOURCE = "product.cu"
-OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17")
+from mixtral_run.model.kernels.csrc.build import checked, compiled
 
 # These constants equal those of csrc/product_plan.cuh.
 FEATURES = 128
 """Features of a program's tile."""
-DEPTH = 64
+ROW_BYTES = 128
+"""Of a slice along the sum."""
 MOST_RANK = 64
 MOST_EXPERTS = 64
 MOST_PAIRS = 128
@@ -84,22 +83,25 @@ class _Parameters(ctypes.Structure):
         ("output", ctypes.c_void_p),
         ("parts", ctypes.c_void_p),
         ("counters", ctypes.c_void_p),
+        ("row_scales", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("half", ctypes.c_void_p),
         ("experts", ctypes.c_int),
         ("wide", ctypes.c_int),
         ("steps", ctypes.c_int),
         ("rank", ctypes.c_int),
-        ("filling", ctypes.c_char * 16),
+        ("filling", ctypes.c_char * 56),
     )
 
 
-def fits(experts: int, width: int, depth: int, rank: int) -> bool:
-    """Return True if `grouped_product` takes so many experts, matrices of n = width and k = depth, and an adapter of
-    this rank (0 for none).
+def fits(experts: int, width: int, depth: int, rank: int, num_bytes: int = 2) -> bool:
+    """Return True if `grouped_product`, or for numbers of one byte `scaled_product`, takes so many experts, matrices of
+    n = width and k = depth, and an adapter of this rank (0 for none).
     """
     return (
         experts <= MOST_EXPERTS
         and width % (PROGRAMS * FEATURES) == 0
-        and depth % DEPTH == 0
+        and depth * num_bytes % ROW_BYTES == 0
         and rank % 8 == 0
         and rank <= MOST_RANK
     )
@@ -118,51 +120,109 @@ def grouped_product(
 
     All are bf16 and contiguous, of sizes that `fits` accepts.
     """
-    tokens, depth = rows.shape
     experts = matrices.shape[0]
     width = matrices.shape[1] if transposed else matrices.shape[2]
-    output = torch.empty(tokens, width, dtype=rows.dtype, device=rows.device)
-    if tokens == 0:
-        return output
-    pairs = _pairs(rows.device)
-    parts, counters = _workspace(rows.device)
-    parameters = _Parameters(
+    return _product(
+        rows,
+        experts,
+        width,
+        offsets,
         base=_operands(rows, matrices, transposed),
         adapter=_operands(*(adapter or (rows, matrices)), transposed),
+        rank=adapter[0].shape[1] if adapter is not None else 0,
+        transposed=transposed,
+    )
+
+
+def scaled_product(
+    small: Tensor,
+    matrices: Tensor,
+    row_scales: Tensor,
+    scales: Tensor | None,
+    offsets: Tensor,
+    adapter: tuple[Tensor, Tensor] | None = None,
+    *,
+    transposed: bool,
+) -> Tensor:
+    """Return small · matrices times both scales, plus the adapter's part if given: bf16 [tokens, n]. Sums are fp32.
+
+    Args:
+        small: float8 e4m3 [tokens, k].
+        matrices: float8 e4m3 [experts, k, n], or, if `transposed`, [experts, n, k].
+        row_scales: fp32 [tokens].
+        scales: fp32 [experts, n], or None for ones; only if `transposed`.
+        offsets: see grouped_mm.py.
+        adapter: inner [tokens, r] and [experts, r, n], bf16; only if not `transposed`.
+
+    All are contiguous, of sizes that `fits` accepts.
+    """
+    assert scales is None if not transposed else adapter is None
+    experts, above, below = matrices.shape
+    inner, half = adapter if adapter is not None else (None, None)
+    return _product(
+        small,
+        experts,
+        above if transposed else below,
+        offsets,
+        base=_operands(small, matrices, transposed),
+        adapter=_Operands(_Map(), _boxes(inner if inner is not None else small)),
+        rank=inner.shape[1] if inner is not None else 0,
+        transposed=transposed,
+        row_scales=row_scales.data_ptr(),
+        scales=scales.data_ptr() if scales is not None else None,
+        half=half.data_ptr() if half is not None else None,
+    )
+
+
+def _product(rows: Tensor, experts: int, width: int, offsets: Tensor, *, transposed: bool, **parameters: Any) -> Tensor:
+    """Launch the kernel of the rows' dtype with these parameters and those of the machine."""
+    tokens, depth = rows.shape
+    output = torch.empty(tokens, width, dtype=torch.bfloat16, device=rows.device)
+    if tokens == 0:
+        return output
+    bits = 8 * rows.element_size()
+    pairs = _pairs(rows.device, bits)
+    parts, counters = _workspace(rows.device, pairs)
+    given = _Parameters(
         offsets=offsets.data_ptr(),
         output=output.data_ptr(),
         parts=parts.data_ptr(),
         counters=counters.data_ptr(),
         experts=experts,
         wide=width // (PROGRAMS * FEATURES),
-        steps=depth // DEPTH,
-        rank=adapter[0].shape[1] if adapter is not None else 0,
+        steps=depth * rows.element_size() // ROW_BYTES,
+        **parameters,
     )
-    _launch(_kernels(rows.device)[transposed], pairs * PROGRAMS, parameters)
+    _launch(_kernels(rows.device, bits)[transposed], pairs * PROGRAMS, given)
     return output
 
 
 def _operands(rows: Tensor, matrices: Tensor, transposed: bool) -> _Operands:
     height = matrices.shape[0] * matrices.shape[1]
-    left = _map(matrices.data_ptr(), height, matrices.shape[2], FEATURES if transposed else DEPTH)
-    right = (_map(rows.data_ptr(), *rows.shape, box) for box in BOXES)
-    return _Operands(left, (_Map * len(BOXES))(*right))
+    box = FEATURES if transposed else ROW_BYTES // matrices.element_size()
+    return _Operands(_map(matrices.data_ptr(), height, matrices.shape[2], box, matrices.element_size()), _boxes(rows))
+
+
+def _boxes(rows: Tensor) -> Any:
+    return (_Map * len(BOXES))(*(_map(rows.data_ptr(), *rows.shape, box, rows.element_size()) for box in BOXES))
 
 
 @functools.lru_cache(maxsize=4096)
-def _map(address: int, height: int, width: int, box: int) -> _Map:
-    """Return the tensor map by which TMA reads a bf16 matrix [height, width], `box` rows and 64 columns at a time.
+def _map(address: int, height: int, width: int, box: int, num_bytes: int) -> _Map:
+    """Return the tensor map by which TMA reads a matrix [height, width] of bf16 or of bytes, `box` rows and 128 bytes
+    of each at a time.
 
     TMA reads zeros beyond the matrix.
     """
-    made = _checked(
+    kinds = driver.CUtensorMapDataType
+    made = checked(
         driver.cuTensorMapEncodeTiled(
-            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if num_bytes == 2 else kinds.CU_TENSOR_MAP_DATA_TYPE_UINT8,
             2,
             address,
             [driver.cuuint64_t(width), driver.cuuint64_t(height)],
-            [driver.cuuint64_t(width * 2)],
-            [driver.cuuint32_t(64), driver.cuuint32_t(box)],
+            [driver.cuuint64_t(width * num_bytes)],
+            [driver.cuuint32_t(ROW_BYTES // num_bytes), driver.cuuint32_t(box)],
             [driver.cuuint32_t(1)] * 2,
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
             driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
@@ -176,7 +236,7 @@ def _map(address: int, height: int, width: int, box: int) -> _Map:
 def _launch(kernel: Any, programs: int, parameters: _Parameters) -> None:
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
     stream = torch.cuda.current_stream().cuda_stream
-    _checked(
+    checked(
         driver.cuLaunchKernel(
             kernel, programs, 1, 1, THREADS, 1, 1, SHARED_BYTES, stream, ctypes.addressof(pointers), 0
         )
@@ -184,7 +244,7 @@ def _launch(kernel: Any, programs: int, parameters: _Parameters) -> None:
 
 
 @functools.cache
-def _pairs(device: torch.device) -> int:
+def _pairs(device: torch.device, bits: int) -> int:
     """Return how many pairs run at once on the device."""
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = PROGRAMS * MOST_PAIRS, 1, 1
@@ -194,92 +254,30 @@ def _pairs(device: torch.device) -> int:
     pair.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
     pair.value.clusterDim.x, pair.value.clusterDim.y, pair.value.clusterDim.z = PROGRAMS, 1, 1
     config.attrs, config.numAttrs = [pair], 1
-    found = [_checked(driver.cuOccupancyMaxActiveClusters(kernel, config)) for kernel in _kernels(device)]
+    found = [checked(driver.cuOccupancyMaxActiveClusters(kernel, config)) for kernel in _kernels(device, bits)]
     return int(min(*found, MOST_PAIRS))
 
 
 @functools.cache
-def _workspace(device: torch.device) -> tuple[Tensor, Tensor]:
+def _workspace(device: torch.device, pairs: int) -> tuple[Tensor, Tensor]:
     """Return memory for pieces of tiles, and counters of the finished pieces, which are zero before and after each
     call.
 
     They are allocated once: allocated with every call they would fragment the allocator's blocks.
     """
-    parts = torch.empty(_pairs(device) * PIECES_PER_PAIR * PIECE_VALUES, dtype=torch.float32, device=device)
+    parts = torch.empty(pairs * PIECES_PER_PAIR * PIECE_VALUES, dtype=torch.float32, device=device)
     return parts, torch.zeros(MOST_PAIRS * PROGRAMS * GROUPS, dtype=torch.int32, device=device)
 
 
 @functools.cache
-def _kernels(device: torch.device) -> tuple[Any, Any]:
-    """Return the device's kernels for untransposed and for transposed matrices."""
+def _kernels(device: torch.device, bits: int) -> tuple[Any, Any]:
+    """Return the device's kernels for untransposed and for transposed matrices, of numbers of 16 or 8 bits."""
     with torch.cuda.device(device):
         # torch creates the device's context with its first operation there.
         torch.cuda.current_stream().synchronize()
-        module = _checked(driver.cuModuleLoadData(compiled()))
-        kernels = [_checked(driver.cuModuleGetFunction(module, name)) for name in (b"untransposed", b"transposed")]
+        module = checked(driver.cuModuleLoadData(compiled(bits)))
+        kernels = [checked(driver.cuModuleGetFunction(module, name)) for name in (b"untransposed", b"transposed")]
         for kernel in kernels:
             what = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _checked(driver.cuFuncSetAttribute(kernel, what, SHARED_BYTES))
+            checked(driver.cuFuncSetAttribute(kernel, what, SHARED_BYTES))
     return kernels[0], kernels[1]
-
-
-def compiled() -> bytes:
-    """Return product.cu as machine code, from the cache or compiled and cached."""
-    csrc = Path(__file__).parent / "csrc"
-    instructions = map(_multiply_add, range(8, 257, 8))
-    source = "\n".join((*((csrc / part).read_text() for part in PARTS), *instructions, (csrc / SOURCE).read_text()))
-    version = _checked(nvrtc.nvrtcVersion())
-    digest = hashlib.sha256(repr((source, OPTIONS, version)).encode()).hexdigest()
-    cached = cache_folder() / f"product-{digest}.cubin"
-    try:
-        return cached.read_bytes()
-    except OSError:
-        code = _compile(source)
-    # If it cannot be cached it is compiled again next time. The temporary name is unique even between containers, whose
-    # processes may have the same numbers.
-    with suppress(OSError):
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
-            made = Path(folder) / cached.name
-            made.write_bytes(code)
-            made.replace(cached)
-    return code
-
-
-def _compile(source: str) -> bytes:
-    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), SOURCE.encode(), 0, [], []))
-    options = [option.encode() for option in OPTIONS]
-    (result,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
-    if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        log = bytes(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
-        _checked(nvrtc.nvrtcGetProgramLog(program, log))
-        raise RuntimeError(f"{SOURCE} does not compile: {log.decode(errors='replace').strip()}")
-    code = bytes(_checked(nvrtc.nvrtcGetCUBINSize(program)))
-    _checked(nvrtc.nvrtcGetCUBIN(program, code))
-    _checked(nvrtc.nvrtcDestroyProgram(program))
-    return code
-
-
-def _multiply_add(tokens: int) -> str:
-    """Return the instruction for this number of tokens and 64 features: it adds 16 products of the sum, read from
-    shared memory, to a thread's registers.
-    """
-    count = tokens // 2
-    registers = ", ".join(f"%{each}" for each in range(count))
-    results = ", ".join(f'"+f"(d[{each}])' for each in range(count))
-    name = f"wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.bf16.bf16"
-    operands = f"%{count}, %{count + 1}, 1, 1, 1, %{count + 2}, 0"
-    return (
-        "template <bool TRANSPOSED> __device__ __forceinline__ void multiply_add("
-        f"float (&d)[{count}], unsigned long long left, unsigned long long right) {{\n"
-        f'  asm volatile("{name} {{{registers}}}, {operands};"\n'
-        f'      : {results} : "l"(left), "l"(right), "n"(TRANSPOSED ? 0 : 1));\n}}\n'
-    )
-
-
-def _checked(result: tuple[Any, ...]) -> Any:
-    """Return the results of a call of the driver or of NVRTC. Raises RuntimeError if its status is an error."""
-    status, *rest = result
-    if int(status) != 0:
-        raise RuntimeError(f"{type(status).__name__}: {status.name}")
-    return rest[0] if len(rest) == 1 else tuple(rest)

@@ -5,6 +5,7 @@ can ask about GPUs that are not in this machine.
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 
 Capability = tuple[int, int]
 """A GPU's compute capability, major and minor number."""
@@ -28,6 +29,8 @@ HOPPER_MAJORS = (9, 10)
 """Major numbers of the compute capabilities on which the set hopper runs."""
 EIGHT_BIT_CAPABILITY: Capability = (9, 0)
 """The compute capability that the 8-bit products are made for (quantized/quantized_mm.py)."""
+EIGHT_BIT_ALIGNMENT = 16
+"""Factor that both sides of a matrix in 8 bit must have (torch._scaled_mm)."""
 BF16_BYTES = 2
 ALIGNMENT_BYTES = 16
 """Alignment that the grouped product requires of every matrix's rows."""
@@ -59,6 +62,40 @@ def kernel_problems(capability: Capability | None, kernels: str) -> list[str]:
     needed = "9.x or 10.x (H100, H200, B200)" if kernels == KernelSet.HOPPER.value else "8.0 or more (A100, A40)"
     found = "a CPU" if capability is None else f"compute capability {capability[0]}.{capability[1]}"
     return [f"--kernels {kernels}: expected GPUs of compute capability {needed}; found {found}"]
+
+
+def attention_problems(
+    capability: Capability | None, kernels: str, element_bytes: int, widths: Sequence[int]
+) -> list[str]:
+    """Return why --attention-precision fp8 cannot be used on a GPU. On a CPU the weights are dequantized.
+
+    Args:
+        capability: of the GPU; None for a CPU.
+        kernels: the value of --kernels.
+        element_bytes: bytes of an activation.
+        widths: sides of the weights of a process.
+    """
+    if capability is None:
+        return []
+    flag, found = "--attention-precision fp8", []
+    if capability != EIGHT_BIT_CAPABILITY:
+        found.append(
+            f"{flag}: expected GPUs of compute capability 9.0 (H100, H200), on which the products in 8 bit are tested; "
+            f"found {capability[0]}.{capability[1]}"
+        )
+    elif kernel_set_of(capability, kernels) is not KernelSet.HOPPER:
+        found.append(
+            f"{flag}: expected --kernels auto or hopper, as the portable kernels have no products in 8 bit; "
+            f"found --kernels {kernels}"
+        )
+    if element_bytes != BF16_BYTES:
+        found.append(f"{flag}: expected --dtype bf16, which the products in 8 bit return; found another dtype")
+    if odd := sorted({width for width in widths if width % EIGHT_BIT_ALIGNMENT}):
+        found.append(
+            f"{flag}: expected weights whose sides on a GPU are multiples of {EIGHT_BIT_ALIGNMENT}; found "
+            f"{', '.join(map(str, odd))}"
+        )
+    return found
 
 
 def grouped_mm_runs_on_device(kernels: KernelSet | None, element_bytes: int, *widths: int) -> bool:

@@ -12,7 +12,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+
+from mixtral_run.model.recompute.checkpoint import checkpoint
 
 ComputeChunk = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Returns outputs [tokens, hidden] for tokens, their probs and experts, both [tokens, topk]."""

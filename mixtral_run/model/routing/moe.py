@@ -17,6 +17,7 @@ from mixtral_run.model.dispatch.all_to_all import AllToAllDispatcher
 from mixtral_run.model.dispatch.base import ExpertInputs, TokenDispatcher
 from mixtral_run.model.dispatch.local import LocalDispatcher
 from mixtral_run.model.experts import Experts
+from mixtral_run.model.kernels.decoding.few_tokens import are_few, route
 from mixtral_run.model.parallel.megatron import MegatronModule, TransformerConfig
 from mixtral_run.model.parallel.param_sharding import mark
 from mixtral_run.model.recompute.recipe import Recipe
@@ -47,6 +48,8 @@ class Router(MegatronModule):
         The probabilities of a token sum to 1. All is computed in fp32: in bf16 a near tie sends a token to another
         expert, which dominates the model's error.
         """
+        if self.loss is None and are_few(tokens, self.weight):
+            return route(tokens, self.weight, self.topk)
         logits = router_logits(tokens, self.weight)
         if self.loss is None:
             return choose(logits, self.topk)
@@ -176,6 +179,8 @@ class MoELayer(MegatronModule):
         recipe: Recipe | None = None,
     ) -> Tensor:
         """Return the outputs [tokens, hidden] of the chosen experts. All ranks of the expert group must call."""
+        if isinstance(dispatcher, LocalDispatcher) and self.experts.takes_one(tokens):
+            return self.experts.outputs_of_one(tokens, experts, probs)
         inputs, trip = dispatcher.dispatch(tokens, probs, experts, recipe=recipe, indexed=self.experts.adapted)
         outputs = self._compute(inputs)
         del inputs  # its memory is needed by the exchange

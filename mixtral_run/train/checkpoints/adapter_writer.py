@@ -2,7 +2,8 @@
 
 Megatron's own strategy starts three further processes for each rank, so that training can continue during a save; they
 must import torch first. Writing from the training process takes less than half the time in the first save
-(benchmarks/adapter_save.py), and a thread of it lets training continue as well (saving.py).
+(benchmarks/adapter_save.py), and a thread of it lets training continue as well (saving.py). Files are those that torch
+reads; shard_file.py writes them, and torch's own writer the few that it cannot.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.storage import WriteResult
 
 from mixtral_run.model.parallel.megatron import (
     MCoreSavePlanner,
@@ -22,6 +25,9 @@ from mixtral_run.model.parallel.megatron import (
     replace_keys_with_sharded_keys,
     save_preprocess,
 )
+from mixtral_run.weights.load.read_parts import default_workers
+from mixtral_run.weights.manifest.adapter_files import checksums
+from mixtral_run.weights.torch_dist.shard_file import can_write, write_shards
 
 
 class AdapterWriter:
@@ -45,16 +51,27 @@ class AdapterWriter:
         plans, self._metadata = self._planner.create_global_plan(plans)
         self._plan = self._planner.finish_plan(FileSystemWriter(".").prepare_global_plan(plans)[rank])
 
-    def write(self, folder: Path) -> list[Any]:
-        """Write this rank's file, wait until it is on the disk, and return what `finish` needs of it. Rank-local.
+    def write(self, folder: Path) -> tuple[list[Any], dict[str, str]]:
+        """Write this rank's file and wait until it is on the disk. Rank-local.
 
-        Raises OSError or RuntimeError: torch's writer in C++ reports a failed write as the latter.
+        Returns what `finish` needs of it, and its checksum by its name. Raises OSError or RuntimeError: torch's writer
+        in C++ reports a failed write as the latter.
         """
-        # Tensors on the host are written as they are. Torch's reader of GPU tensors would wait for the training.
-        in_host_memory = all(self._planner.lookup_object(item.index).is_cpu for item in self._plan.items)
-        writer = FileSystemWriter(folder, per_thread_copy_ahead=0 if in_host_memory else 10_000_000)
-        written: list[Any] = writer.write_data(self._plan, self._planner).value()
-        return written
+        tensors: list[Tensor] = [self._planner.resolve_data(item) for item in self._plan.items]
+        # A save in the background leaves the cores to the training.
+        in_host_memory = all(each.is_cpu for each in tensors)
+        if not can_write(tensors):
+            # Tensors on the host are written as they are. Torch's reader of GPU tensors would wait for the training.
+            writer = FileSystemWriter(folder, per_thread_copy_ahead=0 if in_host_memory else 10_000_000)
+            written: list[Any] = writer.write_data(self._plan, self._planner).value()
+            return written, checksums(folder, {each.storage_data.relative_path for each in written})
+        name = f"{self._plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
+        places, crc = write_shards(folder / name, tensors, 2 if in_host_memory else default_workers())
+        results = [
+            WriteResult(item.index, place.length, _StorageInfo(name, place.start, place.length))
+            for item, place in zip(self._plan.items, places, strict=True)
+        ]
+        return results, {name: f"{crc:08x}"}
 
     def finish(self, folder: Path, written: list[list[Any]]) -> None:
         """Write `.metadata`, which describes the files of all ranks. One process calls. written: of each rank."""

@@ -37,7 +37,8 @@ def load_base(model: MixtralModel, base: BaseDescription, cache: CacheOptions | 
     """Fill the model's base weights from a checkpoint of any TP/EP layout, or from an HF directory.
 
     With a base in 8 or 4 bit the experts are read from the quantized cache, as `cache` allows, or quantized one layer
-    at a time. Sets the model's `base_fingerprint`. All ranks must call.
+    at a time. Attention and the output layer in 8 bit are quantized each time: an HF model's fingerprint needs all of
+    their bytes read in any case. Sets the model's `base_fingerprint`. All ranks must call.
 
     Raises:
         WeightsError: the checkpoint's tensors are not the model's, or a file cannot be read.
@@ -50,6 +51,7 @@ def load_base(model: MixtralModel, base: BaseDescription, cache: CacheOptions | 
         # Experts in 8 or 4 bit have no memory yet and therefore no shards.
         reader.read(shards_of(model, adapters=False).values())
         reader.agree()
+        model.quantize_attention()
         model.base_fingerprint = base.fingerprint
         if model.settings.base_precision == "bf16":
             return
@@ -72,6 +74,7 @@ def _read_hf(model: MixtralModel, weights: HFWeights, experts: ExpertCache) -> s
     reading = _HfReading(weights)
     reading.read(shards_of(model, adapters=False))
     checksums = reading.checksums()
+    model.quantize_attention()
     if model.settings.base_precision == "bf16":
         return fingerprint_of_checksums(weights.architecture, weights.dtype, checksums)
     found = experts.find()

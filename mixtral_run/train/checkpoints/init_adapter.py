@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from mixtral_run.config.fields import flag_of
 from mixtral_run.config.lora import EXPERT_ADAPTERS, LORA_INITS, TRAINED_ALSO
 from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import ConfigError, MixtralRunError
 from mixtral_run.launch import processes
-from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.terminal.report import Report
-from mixtral_run.train.checkpoints.checkpoint import load_adapter
 from mixtral_run.weights.adapter.given_adapter import PeftDescription, describe_given_adapter
 from mixtral_run.weights.manifest.describe import AdapterDescription, BaseDescription, check_adapter_fits, describe_base
+
+if TYPE_CHECKING:
+    from mixtral_run.model.mixtral import MixtralModel
 
 
 def with_adapter_settings(config: FinetuneConfig) -> FinetuneConfig:
@@ -72,6 +74,9 @@ def load_init_adapter(config: FinetuneConfig, base: BaseDescription, model: Mixt
     """Fill the adapters of the model from --init-adapter, if there is one. All ranks must call."""
     if config.init_adapter is None or config.resume:
         return
+    # Here, because the command that starts a job needs the settings of the adapter, and no Megatron.
+    from mixtral_run.train.checkpoints.checkpoint import load_adapter
+
     adapter = describe_init_adapter(config, base)
     load_adapter(model, adapter)
     named = adapter.base_name if isinstance(adapter, PeftDescription) else None

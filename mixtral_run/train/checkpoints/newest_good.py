@@ -6,14 +6,13 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch.distributed as dist
 
 from mixtral_run.config.verbs.pretrain import PretrainConfig
 from mixtral_run.config.verbs.training import RunConfig
 from mixtral_run.errors import WeightsError
-from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.terminal.report import Report
 from mixtral_run.weights.io.files import sync_path, write_atomically
 from mixtral_run.weights.manifest.adapter_files import NEXT_MARKER, file_problems
@@ -25,6 +24,9 @@ from mixtral_run.weights.manifest.describe import (
     describe_trained,
 )
 from mixtral_run.weights.manifest.folder_kind import ADAPTER, BASE, refuse_other_kinds
+
+if TYPE_CHECKING:  # The command that starts a job checks folders, and needs no Megatron.
+    from mixtral_run.model.parallel.mesh import Mesh
 
 ITERATIONS = "iter_*"
 SavedT = TypeVar("SavedT", AdapterDescription, TrainedDescription)

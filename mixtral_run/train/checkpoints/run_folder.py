@@ -12,14 +12,13 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
 from mixtral_run.config.verbs.training import RunConfig
 from mixtral_run.errors import ConfigError, WeightsError
 from mixtral_run.launch import processes
-from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.results.run_files import GROWING, METRICS, ROUTER
 from mixtral_run.run_lock import one_run
 from mixtral_run.terminal.report import Report
@@ -29,6 +28,9 @@ from mixtral_run.weights.manifest.checkpoint_folder import iteration_of, kept_it
 from mixtral_run.weights.manifest.manifest import IterationManifest, read_checkpoint_manifest
 from mixtral_run.weights.manifest.run_state import FilePrefix
 from mixtral_run.weights.store.local import is_output_copy
+
+if TYPE_CHECKING:  # The command that starts a job checks folders, and needs no Megatron.
+    from mixtral_run.model.parallel.mesh import Mesh
 
 PARTIAL = ".iter_*.partial"
 """Folders of checkpoints that are not complete yet, or not any more."""

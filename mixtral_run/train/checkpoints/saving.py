@@ -62,8 +62,8 @@ class SaveRequest:
 class FileWriter(Protocol):
     """The plan of the files of a checkpoint (adapter_writer.py, full/chunk_writer.py)."""
 
-    def write(self, folder: Path) -> list[Any]:
-        """Write this rank's file, and return what `finish` needs of it. Rank-local."""
+    def write(self, folder: Path) -> tuple[list[Any], dict[str, str]]:
+        """Write this rank's file. Return what `finish` needs of it, and its checksum by its name. Rank-local."""
 
     def finish(self, folder: Path, written: list[list[Any]]) -> None:
         """Write `.metadata`. One process calls. written: of each rank."""
@@ -213,9 +213,7 @@ class Saver(ABC):
         """Write all files of a checkpoint, give it its name, and let the marker name it. All ranks must call."""
 
         def own_part() -> tuple[list[Any], dict[str, str], Mapping[str, Any]]:
-            written = writer.write(target.partial)
-            names = [each.name for each in target.partial.glob(f"__{target.mesh.rank}_*.distcp")]
-            return written, checksums(target.partial, names), random_state
+            return *writer.write(target.partial), random_state
 
         target.on_first_rank(lambda: begin(target, request.tokenizer))
         parts = target.gather(target.on_all_ranks(own_part))

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from mixtral_run.config.data import DATA_SETTINGS, KTO
 from mixtral_run.config.verbs.align import AlignConfig
 from mixtral_run.config.verbs.training import RunConfig, TrainingConfig
-from mixtral_run.errors import MixtralRunError, TrainingError, joined
+from mixtral_run.errors import ConfigError, MixtralRunError, TrainingError, joined
 from mixtral_run.terminal.report import Report
 from mixtral_run.train.data.cache.cached_examples import CachedExamples, ExampleCaches
 from mixtral_run.train.data.mixture import describe_mixture, mixed_indices
@@ -210,6 +210,13 @@ def _parts(
             keep, too_long = fitting(arrays, config.seq_length, together=config.pack and config.method != KTO), ""
         if not keep.all():
             usable = np.flatnonzero(keep)
+            if not len(usable):
+                raise ConfigError(
+                    f"No example is left: all {len(keep):,} are longer than --seq-length {config.seq_length:,}"
+                    f"{too_long}.",
+                    where=examples.where,
+                    next_command="a larger --seq-length; mixtral-run data check counts how many examples fit",
+                )
             remarks.append(
                 f"{examples.where}: {len(keep) - len(usable):,} examples are longer than --seq-length "
                 f"{config.seq_length:,}{too_long}, and are left out."

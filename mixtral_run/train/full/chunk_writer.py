@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from mixtral_run.train.full.chunks import Chunk
+from mixtral_run.weights.manifest.adapter_files import checksums
 
 
 class ChunkWriter:
@@ -32,15 +33,16 @@ class ChunkWriter:
         plans, self._metadata = create_default_global_save_plan(plans)
         self._plan = FileSystemWriter(".").prepare_global_plan(plans)[dist.get_rank()]
 
-    def write(self, folder: Path) -> list[Any]:
-        """Write this rank's file, wait until it is on the disk, and return what `finish` needs of it. Rank-local.
+    def write(self, folder: Path) -> tuple[list[Any], dict[str, str]]:
+        """Write this rank's file and wait until it is on the disk. Rank-local.
 
-        Raises OSError or RuntimeError: torch's writer in C++ reports a failed write as the latter.
+        Returns what `finish` needs of it, and its checksum by its name. Raises OSError or RuntimeError: torch's writer
+        in C++ reports a failed write as the latter.
         """
         written: list[Any] = (
             FileSystemWriter(folder, per_thread_copy_ahead=0).write_data(self._plan, self._data).value()
         )
-        return written
+        return written, checksums(folder, {each.storage_data.relative_path for each in written})
 
     def finish(self, folder: Path, written: list[list[Any]]) -> None:
         """Write `.metadata`, which describes the files of all ranks. One process calls. written: of each rank."""

@@ -6,6 +6,7 @@ import dataclasses
 
 from mixtral_run.config.verbs.pretrain import PretrainConfig
 from mixtral_run.launch.stop_request import stop_requests
+from mixtral_run.model.allocator import growing_segments
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.results.run_files import METRICS, TENSORBOARD, VALIDATION
@@ -65,7 +66,8 @@ def full_finetune(config: PretrainConfig) -> None:
         outcome = Outcome(config, base, data, mesh, report, counts)
         outcome.start()
         report_disk_use(config, full_checkpoint_bytes(config, base, run.start), report)
-        _train(run, config, outcome, optimizer, base)
+        with growing_segments(mesh.device):
+            _train(run, config, outcome, optimizer, base)
         report_end(run, config, outcome, ENDING)
 
 

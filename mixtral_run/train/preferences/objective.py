@@ -8,16 +8,13 @@ import torch
 from torch import Tensor
 
 from mixtral_run.config.data import DPO, KTO, ORPO, SIMPO
-from mixtral_run.config.verbs.align import IPO, SIGMOID, AlignConfig
+from mixtral_run.config.verbs.align import IPO, SIGMOID, SIMPO_GAMMA, AlignConfig
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import sum_over
 from mixtral_run.train.data.samples import Answers, MicroBatch
 from mixtral_run.train.preferences.losses import dpo_losses, kto_losses, orpo_losses, simpo_losses
 from mixtral_run.train.steps.objective import Objective, token_losses
 from mixtral_run.train.validation import evaluating
-
-SIMPO_GAMMA = 0.5
-"""Default of --simpo-gamma, as in TRL."""
 
 
 class PreferenceObjective(Objective):
@@ -154,7 +151,8 @@ def _divergence(model: MixtralModel, micros: Iterable[MicroBatch]) -> float:
             ratios = log_probabilities(model, other).cpu() - answers.reference
             found += torch.stack(((ratios * answers.counts).sum(), answers.counts.sum())).to(mesh.device)
     total, count = sum_over(found, mesh.data_group).tolist()
-    return max(0.0, float(total / count))
+    # In this order, what is not a number stays so, and the step is a bad one.
+    return max(float(total / count), 0.0)
 
 
 def _answers(micro: MicroBatch) -> Answers:

@@ -61,6 +61,7 @@ class ReferenceFile:
         """Return the file for the data and for everything that decides the values."""
         settings = model.settings
         key = [FORMAT, __version__, fingerprint, str(settings.dtype), settings.base_precision, config.pack]
+        key += [settings.attention_precision] if settings.attention_precision != "bf16" else []
         # Rows of another form round differently, and mismatched answers are cut at the end of a row.
         key += [KTO, config.seq_length] if config.method == KTO else []
         name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]

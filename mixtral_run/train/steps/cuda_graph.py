@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixtral_run.model.allocator import growing_segments
 from mixtral_run.model.attention.packed_attention import Packed, PackedSizes
 from mixtral_run.model.dispatch.all_gather import AllGatherDispatcher
 from mixtral_run.model.dispatch.base import TokenDispatcher
@@ -96,7 +97,8 @@ def backward_of(
         # Not after an error: a collective under way may wait for a rank that has ended.
         backward.release()
     else:
-        yield EagerBackward(model, dispatcher, objective)
+        with growing_segments(mesh.device):
+            yield EagerBackward(model, dispatcher, objective)
     if exchange is not None:
         exchange.close()
 

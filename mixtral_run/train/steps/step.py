@@ -25,6 +25,7 @@ from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh, sum_over
 from mixtral_run.model.parallel.param_sharding import is_expert, is_partial, is_shared, is_split
 from mixtral_run.train.data.samples import GlobalBatch, MicroBatch
+from mixtral_run.train.steps.eager_optimizer import AdamW
 from mixtral_run.train.steps.objective import NextToken, Objective, backward, parts_of, token_losses
 
 MOST_SHORT = 3
@@ -131,7 +132,7 @@ def adapter_optimizer(model: MixtralModel, config: FinetuneConfig) -> torch.opti
             {"params": [each for name, each in others if ".linear_out" in name], LR_RATIO: config.lora_plus_ratio},
         ]
     groups += [{"params": norms, "weight_decay": 0.0}] if norms else []
-    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.999), fused=True)
+    return AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.999), fused=True)
 
 
 def optimizer_step(

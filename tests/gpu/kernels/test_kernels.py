@@ -153,6 +153,7 @@ def small_model(
     sequence_parallel: bool = True,
     adapted: bool = True,
     kernels: str = "auto",
+    attention_precision: str = "bf16",
 ) -> MixtralModel:
     """A few layers with the same random weights each time, wide enough for every kernel."""
     architecture = dataclasses.replace(
@@ -167,7 +168,15 @@ def small_model(
     )
     targets = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
     lora = LoraSettings(16, 32.0, dropout, targets, 1) if adapted else None
-    settings = ModelSettings(torch.bfloat16, sequence_parallel, lora, recompute, base_precision, kernels)
+    settings = ModelSettings(
+        torch.bfloat16,
+        sequence_parallel,
+        lora,
+        recompute,
+        base_precision,
+        kernels,
+        attention_precision=attention_precision,
+    )
     model = build_model(architecture, settings, mesh).train()
 
     def fill() -> None:
@@ -178,6 +187,7 @@ def small_model(
                 weight.data.normal_(0.0, 0.05, generator=torch.Generator("cuda").manual_seed(seed))
 
     fill()
+    model.quantize_attention()
     model.quantize_experts(fill)
     assert execution_of(model, 256).captured or not adapted
     return model

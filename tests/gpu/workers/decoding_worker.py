@@ -8,26 +8,38 @@ from __future__ import annotations
 import torch
 
 from mixtral_run.inference.decode import CapturedDecoding, Decoding, decoding_of
-from mixtral_run.model.mixtral import is_adapter
+from mixtral_run.model.mixtral import MixtralModel, is_adapter
 from mixtral_run.model.parallel.mesh import Mesh
 from tests.gpu.kernels.test_kernels import small_model
 from tests.gpu.workers.cases import run_cases
 
-LENGTHS = (7, 5, 7)
+LENGTHS = ((7, 5, 7), (6,))
+"""Of prompts that are continued together; a single row takes kernels of its own."""
 NEW = 24
 
 
 def run(mesh: Mesh, precision: str, which: str) -> list[list[float]]:
-    """Return for each pass the largest difference between the logits of the two ways, and the largest logit."""
+    """Return for each pass the largest difference between the logits of the two ways, and the largest logit.
+
+    All experts are chosen: near a tie rounding would decide which, and the logits of both ways would be unrelated.
+    """
     model = small_model(mesh, "none", precision, sequence_parallel=False, adapted=which == "adapted").eval()
     for name, weight in model.named_parameters():
         if is_adapter(name):  # whose second halves begin with zeros
             weight.data.normal_(0.0, 0.05, generator=torch.Generator("cuda").manual_seed(len(name)))
-    assert decoding_of(model, len(LENGTHS), NEW) is CapturedDecoding
-    longest = max(LENGTHS)
+    for layer in model.gpt.decoder.layers:
+        layer.mlp.router.topk = model.architecture.num_experts
+    return [figures for lengths in LENGTHS for figures in compare(model, lengths)]
+
+
+def compare(model: MixtralModel, lengths: tuple[int, ...]) -> list[list[float]]:
+    """Return what `run` returns for rows whose prompts have these lengths."""
+    device = model.mesh.device
+    assert decoding_of(model, len(lengths), NEW) is CapturedDecoding
+    longest = max(lengths)
     draw = torch.Generator("cuda").manual_seed(1)
-    rows = torch.randint(1, 1024, (len(LENGTHS), longest + NEW), generator=draw, device=mesh.device)
-    padding = longest - torch.tensor(LENGTHS, device=mesh.device)
+    rows = torch.randint(1, 1024, (len(lengths), longest + NEW), generator=draw, device=device)
+    padding = longest - torch.tensor(lengths, device=device)
     found = []
     for kind in (Decoding, CapturedDecoding):
         with torch.inference_mode():

@@ -6,6 +6,8 @@ torchrun … context_worker.py CHECKPOINT OUT.json TPxEPxCP [TPxEPxCP …]
 from __future__ import annotations
 
 import dataclasses
+import gc
+import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,6 +25,7 @@ from mixtral_run.weights.manifest.describe import describe_adapter, describe_bas
 from tests.multiprocess.training import layouts_worker
 from tests.multiprocess.training.layouts_worker import UnevenSamples, config_of, train, validation_losses
 from tests.support.adapters import save_adapter
+from tests.support.live_tensors import LiveTensors
 
 LENGTHS = ((5, 9, 2), (1, 15), (16,))
 
@@ -62,6 +65,33 @@ def gradients(model: MixtralModel, kind: type[UnevenSamples]) -> dict[str, list[
     }
 
 
+def left_after_steps(model: MixtralModel) -> list[str]:
+    """Return what made each tensor that exists after two passes of each degree of recomputation, with Python's garbage
+    collector off, besides weights, gradients and the counts of the routers. All ranks must call.
+    """
+    micro = micro_batch(PackedRows(model.architecture.vocab_size, 16, 5), (0, 1))
+    layers, found = model.gpt.decoder.layers, []
+    gc.disable()
+    for mode in ("none", "selective", "full"):
+        for layer in layers:
+            layer.recompute = mode
+        with LiveTensors() as live:
+            for _ in range(2):
+                EagerBackward(model)(micro, 20)
+            gradients = [each.grad for each in model.parameters() if each.grad is not None]
+            inputs = [each for each in vars(micro).values() if isinstance(each, torch.Tensor)]
+            counts = vars(model.router_counts).values() if model.router_counts is not None else ()
+            inputs += [each for each in counts if isinstance(each, torch.Tensor)]
+            kept = [*model.parameters(), *gradients, *inputs]
+            # gloo's thread lets go of a collective's tensors a moment after it has reported its end.
+            end = time.monotonic() + 10
+            while (left := live.besides(kept)) and time.monotonic() < end:
+                time.sleep(0.02)
+            found += left
+    gc.enable()
+    return found
+
+
 def run_layout(checkpoint: Path, out: Path, layout: str, saved: Path | None) -> dict[str, Any]:
     config = layout_of(checkpoint, out, layout)
     results: dict[str, Any] = {}
@@ -77,6 +107,7 @@ def run_layout(checkpoint: Path, out: Path, layout: str, saved: Path | None) -> 
             losses = losses_of(model, micro_batch(rows, (0, 1, 2))).double()
             results["packed_validation"] = float(summed(losses, mesh)) / mesh.data_size
         results["logits"] = model.eval().logits(torch.arange(8)[None])[0].double().tolist()
+        results["left"] = left_after_steps(run["model"].train())
         for mode in ("selective", "full"):
             again = run_with(PackedRows, layout_of(checkpoint, out, layout, recompute=mode), mesh, 1)
             results[mode] = again["figures"]

@@ -53,6 +53,12 @@ def test_the_adapters_gradients_equal(kind: str, results: dict[str, Any]) -> Non
         assert found[name] == pytest.approx(values, abs=2e-5 * scale), name
 
 
+@pytest.mark.parametrize("case", ["1:1x1x1", *CASES])
+def test_only_weights_and_gradients_live_after_a_pass(case: str, results: dict[str, Any]) -> None:
+    """tests/unit/train/steps/test_live_tensors.py has all that needs one process."""
+    assert results[case]["left"] == []
+
+
 def test_packing_matters(results: dict[str, Any]) -> None:
     """Otherwise the equality of packed rows would show nothing."""
     packed, plain = (results["1:1x1x1"][kind]["figures"] for kind in ("PackedRows", "UnevenSamples"))

@@ -6,22 +6,22 @@ import json
 
 import pytest
 
-from benchmarks.base_loss import compared, main
-from mixtral_run.config.verbs.training import BASE_PRECISIONS
+from benchmarks.base_loss import BASES, compared, main
 
 
 def test_base_and_adapters_learn_at_every_precision(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--device", "cpu", "--tiny"])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["base"]["last"] < 0.75 * found["base"]["first"]
-    assert tuple(found["lora"]) == BASE_PRECISIONS
+    assert tuple(found["lora"]) == BASES
     for run in found["lora"].values():
         assert list(run["losses"]) == ["1", "5", "10", "20"]
         assert run["first_again"] < run["losses"]["1"]
     apart = {precision: run["mean"] for precision, run in found["lora"].items()}
     # Above nothing: the base was quantized. Below: it is the same base still.
     assert apart["bf16"] == 0
-    assert all(0 < apart[precision] < 0.1 for precision in ("fp8", "nf4"))
+    assert all(0 < apart[precision] < 0.1 for precision in ("fp8", "nf4", "fp8+attention"))
+    assert apart["fp8"] != apart["fp8+attention"]
 
 
 def test_losses_are_compared_as_shares_of_the_others() -> None:

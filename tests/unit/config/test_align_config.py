@@ -109,6 +109,15 @@ def test_another_adapter_to_start_from_is_another_reference(method: str, found: 
     assert changed_loss(config_of(method), adapter) == found
 
 
+def test_a_default_that_is_written_out_is_the_same_loss() -> None:
+    class Adapter:
+        training = config_of().to_mapping()
+
+    adapter: Any = Adapter()
+    assert changed_loss(config_of(beta=0.1, loss_type="sigmoid", reference="start"), adapter) == []
+    assert changed_loss(config_of(beta=0.2), adapter) == ["--beta 0.2 (was None)"]
+
+
 def test_other_chunks_or_micro_batches_draw_other_dropout() -> None:
     class Adapter:
         training = config_of(expert_chunks=4, micro_batch_size=2).to_mapping()

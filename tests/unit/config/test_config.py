@@ -35,6 +35,13 @@ def filled(config_class: type[Config]) -> Config:
     return config_class(**{name: REQUIRED[name] for name in names})
 
 
+def test_an_output_layer_in_8_bit_is_not_trained() -> None:
+    given: dict[str, Any] = {"load": Path("base"), "save": Path("adapter"), "mock_data": True}
+    assert FinetuneConfig(**given, attention_precision="fp8", train_also=("norms", "embeddings")).problems() == []
+    (problem,) = FinetuneConfig(**given, attention_precision="fp8", train_also=("norms", "lm_head")).problems()
+    assert problem.startswith("--attention-precision fp8") and problem.endswith("found --train-also norms,lm_head")
+
+
 @pytest.mark.parametrize("config_class", ALL)
 def test_json_round_trip(config_class: type[Config]) -> None:
     config = filled(config_class)

@@ -21,6 +21,7 @@ def test_defaults_follow_from_save() -> None:
     assert config(clip_grad=0.5).max_norm == 0.5 and config(save=Path("tuned"), clip_grad=0.0).max_norm == 0.0
     assert config(optimizer="adamw").uses_adamw
     assert plain.problems() == saved.problems() == []
+    assert config(save=Path("tuned"), report_prompts=0).problems() == []
     assert config(save=Path("tuned"), context_parallel_size=2).problems() == []
 
 
@@ -31,8 +32,13 @@ def test_defaults_follow_from_save() -> None:
         ({"keep_last": 2}, "--keep-last"),
         ({"valid_data_path": ("v.jsonl",)}, "--valid-data-path"),
         ({"skip_bad_steps": 1}, "--skip-bad-steps"),
+        ({"save_interval": 5}, "--save-interval"),
+        ({"report_prompts": 1}, "--report-prompts"),
         ({"save_in_background": False}, "--no-save-in-background"),
         ({"offload_optimizer": True}, "--offload-optimizer"),
+        ({"save": Path("tuned"), "eval_interval": 5}, "--eval-interval"),
+        ({"save": Path("tuned"), "report_prompts": 5}, "--report-prompts"),
+        ({"save": Path("tuned"), "report_tokens": 5}, "--report-tokens"),
         ({"save": Path("tuned"), "optimizer": "sgd"}, "--optimizer"),
         ({"context_parallel_size": 2}, "--context-parallel-size"),
         ({"save": Path("tuned"), "context_parallel_size": 2, "router_aux_loss": 0.1}, "--context-parallel-size"),

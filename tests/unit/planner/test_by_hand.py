@@ -144,6 +144,32 @@ def test_65536_tokens_on_two_h200() -> None:
         check(found[layout], EIGHT_BY_SEVEN, 65536, 139.7)
 
 
+def test_65536_tokens_split_over_two_h200() -> None:
+    """The run that was measured: TP1/CP2/EP2. Each GPU has half of the tokens, and the keys and values of the row."""
+    of, tokens = EIGHT_BY_SEVEN, 32768
+    keys_and_values = 2 * of.groups * of.head * BF16
+    for chunks in (1, 8):
+        words = ("--context-parallel-size", "2", "--expert-chunks", str(chunks))
+        (found,) = (
+            each for each in plan_of("--gpus", "2", "--gpu", "h200", "--seq-length", "65536", *words)
+            if (each["expert_model_parallel_size"], each["recompute"]) == (2, "full")
+        )  # fmt: skip
+        expected = layer_that_runs_again(of, tokens, tokens / chunks, 1, 2) + tokens * keys_and_values
+        if chunks == 8:
+            # The attention's gradients are more than those of 4,096 tokens of the experts, which are counted above: of
+            # each token that of the output projection's input; of queries, keys and values, before and after rotation;
+            # of half of the queries in fp32; of the keys and values of the row for each of 32 heads, their sums for
+            # each of 8 groups, and those of the other chunk.
+            queries = of.heads * of.head
+            of_experts = 2 * 4096 * 1.1 * BF16 * (2 * of.ffn + of.ffn + of.ffn + 4 * of.hidden)
+            of_attention = tokens * (BF16 * queries + 2 * (BF16 * queries + keys_and_values) + FP32 * queries / 2)
+            of_attention += 2 * tokens * (2 * BF16 * queries + 2 * keys_and_values)
+            # Of the four rows of `layer_that_runs_again`, the gradient of the experts' inputs goes with the experts.
+            expected += of_attention - of_experts - tokens * BF16 * of.hidden
+        assert found["parts_gib"]["buffers"] == pytest.approx(expected / GIB, abs=0.05)
+        assert found["parts_gib"]["activations"] == pytest.approx(of.layers * tokens * of.hidden * BF16 / GIB, abs=0.05)
+
+
 @pytest.fixture
 def eight_by_22(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     """Mixtral 8x22B Instruct of which there is only config.json, as on a laptop."""

@@ -270,11 +270,12 @@ def test_the_gpus_are_queried_in_another_process(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     # STAND-IN for the GPUs: the process is real, and prints what three of them would.
     answers = "[10000000000, 80000000000, [9, 0]], [30000000000, 70000000000, [8, 6]], [5, 5, [7, 0]]"
-    monkeypatch.setattr(available, "_QUERY", f"import sys; print('[{answers}]' if sys.argv[1] in ('0', '2') else '')")
+    query = f"import sys; print('[{answers}]') if sys.argv[1] in ('0', '2') else None"
+    monkeypatch.setattr(available, "_QUERY", ("-c", query))
     available.available_gpu.cache_clear()
     expected = AvailableGpu(70e9, 10e9 + CONTEXT, (8, 6))
     assert available.available_gpu("auto", 2) == expected
-    monkeypatch.setattr(available, "_QUERY", "raise SystemExit(1)")
+    monkeypatch.setattr(available, "_QUERY", ("-c", "raise SystemExit(1)"))
     assert available.available_gpu("auto", 2) == expected  # cached
     assert available.available_gpu("cpu", 2) is None
     available.available_gpu.cache_clear()
@@ -290,14 +291,15 @@ def test_the_query_can_start_ahead(
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     answer = "[[3, 9, [9, 0]], [2, 9, [9, 0]]]"
-    monkeypatch.setattr(available, "_QUERY", f"import sys; assert sys.argv[1] == '{asked}'; print('{answer}')")
+    query = f"import sys; assert sys.argv[1] == '{asked}'; print('{answer}')"
+    monkeypatch.setattr(available, "_QUERY", ("-c", query))
     available.available_gpu.cache_clear()
     config = run(device="cuda", **words)
     available.ask_ahead(config)
     assert not available._started_queries  # no GPU here
     monkeypatch.setattr(available, "Path", lambda _: tmp_path)
     available.ask_ahead(config)
-    monkeypatch.setattr(available, "_QUERY", "raise SystemExit(1)")
+    monkeypatch.setattr(available, "_QUERY", ("-c", "raise SystemExit(1)"))
     assert available.available_gpu("cuda", 2) == AvailableGpu(9, 9, HOPPER)
     assert not available._started_queries
     available.available_gpu.cache_clear()
@@ -314,7 +316,7 @@ def test_the_query_can_start_ahead(
 def test_the_local_gpu_is_queried_only_if_the_driver_is_loaded(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, query: str, expected: AvailableGpu | None
 ) -> None:
-    monkeypatch.setattr(available, "_QUERY", query)
+    monkeypatch.setattr(available, "_QUERY", ("-c", query))
     monkeypatch.setattr(available, "Path", lambda _: tmp_path / "missing")
     assert available.local_gpu() is None
     monkeypatch.setattr(available, "Path", lambda _: tmp_path)

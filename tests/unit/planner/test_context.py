@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from mixtral_run.cli.main import root
 from mixtral_run.config.context import MOST_LOGITS, row_multiple
+from mixtral_run.config.verbs.plan import PlanConfig
 from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.launch.processes import num_processes
@@ -111,6 +112,20 @@ def test_a_row_that_cannot_be_cut_is_refused() -> None:
     assert problem == (
         "--seq-length: expected a multiple of 8, as --context-parallel-size 4 cuts a row into 8 equal chunks; found 20"
     )
+
+
+def test_a_plan_refuses_what_no_run_takes() -> None:
+    assert PlanConfig(gpus=6, context_parallel_size=4, seq_length=20).problems() == [
+        "--context-parallel-size: expected a divisor of 6, the GPUs of the job; found 4",
+        "--seq-length: expected a multiple of 8, as --context-parallel-size 4 cuts a row into 8 equal chunks; found 20",
+    ]
+    assert PlanConfig(gpus=2, hosts=2, context_parallel_size=4).problems() == []
+    most = "--expert-chunks: expected at most 24, the tokens that a process has in a micro batch; found 25"
+    pairs = {"seq_length": 24, "context_parallel_size": 2}
+    assert PlanConfig(gpus=2, expert_chunks=25, **pairs).problems() == [most.replace("24", "12")]
+    assert PlanConfig(method="orpo", seq_length=12, expert_chunks=25).problems() == [most]
+    assert config(seq_length=24, expert_chunks=25).problems() == [most]
+    assert config(seq_length=24, expert_chunks=24).problems() == []
 
 
 def test_the_balance_of_the_routers_needs_whole_rows() -> None:

@@ -142,10 +142,13 @@ def test_plan_full_prints_the_best_first_and_refuses_settings_of_lora(capsys: py
     assert "--offload-optimizer --seq-length 4096" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="No layout of full fine-tuning fits"):
         show_plan(PlanConfig(full=True, gpu="h100", host_memory=200))
-    problems = PlanConfig(full=True, lora_rank=4, base_precision="fp8", expert_chunks=2, method="dpo").problems()
+    problems = PlanConfig(
+        full=True, lora_rank=4, base_precision="fp8", attention_precision="fp8", expert_chunks=2, method="dpo"
+    ).problems()
     assert [each.split(":")[0] for each in problems] == [
         "--lora-rank",
         "--method",
         "--base-precision",
+        "--attention-precision",
         "--expert-chunks",
     ]

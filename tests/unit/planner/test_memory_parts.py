@@ -16,6 +16,24 @@ def test_a_trained_router_keeps_its_input_in_fp32() -> None:
     assert trained.activations - frozen.activations == 32 * 4096 * 4 * Workload().seq_length
 
 
+def test_attention_in_8_bit_takes_what_bf16_takes_and_its_scales() -> None:
+    """Two copies of one byte for two bytes; an fp32 scale for each row and column, of which TP splits one side."""
+    for tp, sides in ((1, 32 * (6144 + 4096 + 2 * 4096) + 32000 + 4096), (2, 32 * (3072 + 2048 + 2 * 4096) + 20096)):
+        whole, small = (
+            memory(Workload(gpus=2, attention_precision=each), Layout(tp, 2, "none")).weights
+            for each in ("bf16", "fp8")
+        )
+        assert small - whole == 4 * sides
+    fp32 = Workload(gpus=1, weight_bytes=4, expert_bytes=4)
+    apart = [
+        memory(dataclasses.replace(fp32, attention_precision=each), Layout(1, 1, "none")).weights
+        for each in ("fp32", "fp8")
+    ]
+    # 32 layers of two weights, and the output layer, each two bytes less.
+    weights = 4096 * (32 * (6144 + 4096) + 32000)
+    assert apart[0] - apart[1] == 2 * weights - 4 * (32 * 18432 + 36096)
+
+
 def test_the_copy_of_a_save_in_the_background_has_each_parameter_once() -> None:
     # Mixtral 8x7B at rank 16, by hand: 32 layers × 16 × (in + out) of each linear layer, 8 experts.
     attention = (4096 + 6144) + (4096 + 4096)

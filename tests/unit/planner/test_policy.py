@@ -15,7 +15,7 @@ from mixtral_run.config.lora import LORA_TARGET_MODULES
 from mixtral_run.config.verbs.training import RECOMPUTE
 from mixtral_run.inference.decode import CapturedDecoding, Decoding, decoding_of
 from mixtral_run.model.adapters.lora import LoraSettings
-from mixtral_run.model.kernels.requirements import KernelSet, kernel_problems, kernel_set_of
+from mixtral_run.model.kernels.requirements import KernelSet, attention_problems, kernel_problems, kernel_set_of
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
 from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.planner import policy, table
@@ -125,6 +125,27 @@ def test_the_kernels_of_a_gpu(capability: tuple[int, int] | None, wanted: str, e
     assert kernel_set_of(capability, wanted) is expected
     refused = wanted != "auto" and expected is None
     assert bool(kernel_problems(capability, wanted)) == refused
+
+
+@pytest.mark.parametrize(
+    ("capability", "kernels", "element_bytes", "widths", "expected"),
+    [
+        (HOPPER, "auto", 2, (4096, 6144, 32000), []),
+        (None, "auto", 4, (30,), []),
+        ((8, 0), "auto", 2, (4096,), ["found 8.0"]),
+        ((10, 0), "auto", 2, (4096,), ["found 10.0"]),
+        (HOPPER, "portable", 2, (4096,), ["found --kernels portable"]),
+        (HOPPER, "auto", 4, (4096,), ["expected --dtype bf16"]),
+        ((8, 9), "auto", 4, (4096, 32002), ["found 8.9", "expected --dtype bf16", "multiples of 16; found 32002"]),
+    ],
+)
+def test_attention_in_8_bit_is_refused_where_it_is_not_multiplied(
+    capability: tuple[int, int] | None, kernels: str, element_bytes: int, widths: tuple[int, ...], expected: list[str]
+) -> None:
+    problems = attention_problems(capability, kernels, element_bytes, widths)
+    assert len(problems) == len(expected)
+    for problem, part in zip(problems, expected, strict=True):
+        assert problem.startswith("--attention-precision fp8: expected") and part in problem
 
 
 def test_kernels_that_a_gpu_lacks_are_refused() -> None:

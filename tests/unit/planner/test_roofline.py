@@ -17,6 +17,19 @@ def test_floors_are_the_larger_of_operations_and_bytes() -> None:
     assert Step(1, 1, "nf4").floors(1e30, 1e12)["quantization of rows"] == 0
 
 
+def test_attention_in_8_bit_is_multiplied_at_twice_the_rate_from_half_the_bytes() -> None:
+    """One layer of 4,096 x (6,144 + 4,096) and a head of 4,096 x 32,000, forward and gradient, at 2,048 tokens."""
+    step, whole = Step(1, 2048, "bf16", attention="fp8"), Step(1, 2048, "bf16")
+    operations = 4 * 2048 * 4096 * (6144 + 4096 + 32000)
+    assert step.floors(1e15, 1e30)["dense products"] == pytest.approx(1e3 * operations / 2e15)
+    assert whole.floors(1e15, 1e30)["dense products"] == pytest.approx(1e3 * operations / 1e15)
+    few = Step(1, 1, "bf16", attention="fp8").floors(1e30, 1e12)
+    assert few["dense products"] == pytest.approx(1e3 * 2 * 4096 * (6144 + 4096 + 32000) / 1e12, rel=1e-3)
+    # Inputs of both projections and of the head, and the gradients of their outputs.
+    numbers = 2048 * (4096 + 4096 + 4096 + 6144 + 4096 + 32000)
+    assert step.floors(1e30, 1e12)["quantization of rows"] == pytest.approx(1e3 * 3 * numbers / 1e12)
+
+
 @pytest.mark.parametrize(
     ("kernel", "part"),
     [

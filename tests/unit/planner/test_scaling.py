@@ -12,8 +12,9 @@ from click.testing import CliRunner
 
 from mixtral_run.cli.main import root
 from mixtral_run.config.verbs.plan import PlanConfig, network_bytes
+from mixtral_run.errors import ConfigError
 from mixtral_run.planner.scaling import Exchange, exchange, shown_hosts
-from mixtral_run.planner.scaling_table import MEASURED_RATES, scaling
+from mixtral_run.planner.scaling_table import ATTENTION_SAVES, MEASURED_RATES, scaling
 from mixtral_run.planner.table import planned_gpu, ranked, workload_of
 from mixtral_run.planner.workload import Layout, Workload
 
@@ -96,7 +97,9 @@ def test_measured_rates_are_those_of_the_benchmarks() -> None:
         machine, case = each["machine"].split(), each["case"].replace(" base", "")
         if machine[:2] == ["1", "×"] and case.startswith("LoRA, ") and case.endswith(", 2,048 × 1, none"):
             measured[names[machine[2]], case.split(", ")[1]] = each["value"]
+    both = measured.pop(("h200", "fp8 and attention"))
     assert measured == MEASURED_RATES
+    assert 1 / measured["h200", "fp8"] - 1 / both == pytest.approx(ATTENTION_SAVES, rel=0.01)
 
 
 def plan(*words: str) -> str:
@@ -123,6 +126,21 @@ def test_without_a_known_rate_there_are_no_speeds() -> None:
     shown = plan("--gpu", "b200", "--hosts", "2")
     assert "give --tokens-per-second" in shown and "400Gb a host" in shown and "micro batch" not in shown
     assert "hosts" not in plan("--gpu", "h200").splitlines()[0]
+
+
+def test_attention_in_8_bit_is_faster_by_what_was_measured() -> None:
+    words = ("--gpu", "h200", "--base-precision", "fp8", "--seq-length", "2048", "--hosts", "2")
+    without = values(*words)["tokens_per_second"]
+    found = values(*words, "--attention-precision", "fp8")["tokens_per_second"]
+    assert found == pytest.approx(without * 14378 / 13652, rel=2e-3)
+
+
+def test_a_plan_for_a_gpu_without_the_products_is_refused() -> None:
+    error = CliRunner().invoke(root, ["plan", "--gpu", "a100-80g", "--attention-precision", "fp8"]).exception
+    assert isinstance(error, ConfigError)
+    assert [each.split(" (")[0] for each in error.problems] == [
+        "--attention-precision fp8: expected GPUs of compute capability 9.0"
+    ]
 
 
 def values(*words: str) -> Any:

@@ -60,6 +60,12 @@ def test_texts_of_data_and_files_are_shown_and_do_nothing(tmp_path: Path) -> Non
         assert shown[path] == SHOWN, path
 
 
+def test_attention_in_8_bit_is_named(tmp_path: Path) -> None:
+    for precision, shown in (("bf16", "base in fp8, recompute"), ("fp8", "base in fp8, attention in fp8, recompute")):
+        page = page_of(tmp_path, summary(base_precision="fp8", attention_precision=precision, recompute="none"))
+        assert [shown in each.text for each in page.all("p")].count(True) == 1
+
+
 def test_a_summary_of_nothing_has_a_page(tmp_path: Path) -> None:
     page = page_of(tmp_path, {})
     assert not page.curves() and [each.text for each in page.all("h1")] == [tmp_path.name]

@@ -21,7 +21,7 @@ from mixtral_run.errors import ConfigError
 from mixtral_run.fleet.status.read_runs import rows_of, runs_program
 from mixtral_run.results import read_run, run_list
 from mixtral_run.results.run_list import find_runs
-from mixtral_run.results.run_table import words_for_best
+from mixtral_run.results.run_table import best_run, words_for_best
 from tests.support.html_page import Page
 
 
@@ -125,6 +125,21 @@ def test_the_best_run_has_the_lowest_validation_loss(folder: Path) -> None:
     assert f"mixtral-run export --adapter {folder / 'a'} " in shown.output.replace("\n", "")
     with pytest.raises(ConfigError, match="No run has a loss"):
         CliRunner().invoke(runs, [str(folder / "base"), "--best"], catch_exceptions=False)
+
+
+def test_losses_of_several_kinds_are_not_compared_in_silence() -> None:
+    rows = [{"folder": "a", "last_loss": 1.5, "settings": {}}, {"folder": "b", "last_loss": 0.6}]
+    dpo = {"method": "dpo", "beta": None, "reference": None}
+    assert len(best_run(rows)[1]) == 1
+    rows[1]["settings"] = dpo
+    best, (_, remark) = best_run(rows)
+    assert best["folder"] == "b" and remark == (
+        "The runs do not minimize the same loss: their losses cannot be compared."
+    )
+    rows[0]["settings"] = dpo | {"beta": 0.1, "reference": "start"}  # the defaults
+    assert len(best_run(rows)[1]) == 1
+    rows[0]["settings"] = dpo | {"beta": 0.5}
+    assert len(best_run(rows)[1]) == 2
 
 
 def test_two_runs_are_compared(folder: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import ConfigError, WeightsError
 from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.terminal.report import Report
-from mixtral_run.train.checkpoints import init_adapter
+from mixtral_run.train.checkpoints import checkpoint, init_adapter
 from mixtral_run.train.checkpoints.checkpoint import _fill_from_peft
 from mixtral_run.weights.load.read_parts import Target
 
@@ -94,7 +94,7 @@ def test_a_resumed_run_does_not_start_from_it_again(
 ) -> None:
     brings(monkeypatch, LoraSettings(4, 8.0, 0.0, ("linear_qkv",)))
     loaded: list[object] = []
-    monkeypatch.setattr(init_adapter, "load_adapter", lambda *given: loaded.append(given[0]))
+    monkeypatch.setattr(checkpoint, "load_adapter", lambda *given: loaded.append(given[0]))
     for values in ({"resume": "yes"}, {"init_adapter": None}, {}):
         init_adapter.load_init_adapter(config(**values), None, "model", Report())  # type: ignore[arg-type]
     assert loaded == ["model"]

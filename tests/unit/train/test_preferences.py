@@ -254,6 +254,14 @@ def test_kto_is_that_of_trl(model: MixtralModel, base: MixtralModel, tmp_path: P
     compare(model, found, torch.stack(losses).mean(), figures)
 
 
+def test_a_divergence_that_is_not_a_number_is_not_taken_for_none(model: MixtralModel, tmp_path: Path) -> None:
+    config = config_of("kto", global_batch_size=2)
+    with torch.no_grad():
+        next(each for name, each in model.named_parameters() if ".linear_out" in name).fill_(math.nan)
+    _, figures, _ = taken(model, samples_of([each for pair in pairs_of(1) for each in pair], tmp_path, config), config)
+    assert math.isnan(figures["kl"])
+
+
 @pytest.mark.parametrize(
     ("method", "pack"), [("dpo", False), ("kto", False), ("kto", True), ("orpo", False), ("orpo", True)]
 )

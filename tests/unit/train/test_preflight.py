@@ -63,6 +63,19 @@ def test_kernels_that_a_run_would_not_use_are_refused(tmp_path: Path, kernels: s
     assert problem.endswith("; found a CPU")
 
 
+def test_attention_in_8_bit_is_refused_on_other_gpus_and_not_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = BaseDescription(Path("base"), MIXTRAL_8X7B, "bfloat16", "")
+    assert preflight.layout_problems(config(tmp_path, attention_precision="fp8"), base) == []
+    monkeypatch.setattr(preflight, "available_gpu", lambda *_: SimpleNamespace(compute_capability=(9, 0)))
+    assert preflight.layout_problems(config(tmp_path, attention_precision="fp8"), base) == []
+    monkeypatch.setattr(preflight, "available_gpu", lambda *_: SimpleNamespace(compute_capability=(8, 6)))
+    odd = BaseDescription(Path("base"), dataclasses.replace(MIXTRAL_8X7B, vocab_size=32002), "bfloat16", "")
+    problems = preflight.layout_problems(config(tmp_path, attention_precision="fp8", dtype="fp32"), odd)
+    assert [each.rpartition("found ")[2] for each in problems] == ["8.6", "another dtype", "32002"]
+
+
 @pytest.fixture
 def adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AdapterDescription:
     lora = LoraSettings.from_config(config(tmp_path))

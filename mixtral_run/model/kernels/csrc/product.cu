@@ -1,16 +1,16 @@
-// Grouped products in bf16 for Hopper. hopper_grouped_mm.py describes the computation and its layout, and prepends
-// product_machine.cuh, product_plan.cuh and the instructions of every width, multiply_add.
+// Grouped products for Hopper in 16 or 8 bit. hopper_grouped_mm.py describes the computation and its layout, and prepends
+// BITS, product_machine.cuh, product_plan.cuh and the instructions of every width, multiply_add.
 
 constexpr int STAGES = 4;
-constexpr int LEFT_BYTES = FEATURES * DEPTH * 2;
-constexpr int RIGHT_BYTES = MOST_ATOMS * ATOM * DEPTH * 2;
+constexpr int LEFT_BYTES = FEATURES * ROW_BYTES;
+constexpr int RIGHT_BYTES = MOST_ATOMS * ATOM * ROW_BYTES;
 constexpr int STAGED_TOKENS = 64;                       // tokens of a result that are staged at a time
 constexpr int STAGED_BYTES = STAGED_TOKENS * FEATURES;  // of a group, which computes half of the features
 constexpr int VALUES = MOST_ATOMS * ATOM * 64 / 128;  // of a tile, in the registers of one thread
 
-// Addresses in shared memory: slices of both operands, staged results, barriers, the plan.
+// Addresses in shared memory: slices of both operands, staged results, scales of tokens, barriers, the plan.
 struct Memory {
-  u32 left, right, staged, full, free;
+  u32 left, right, staged, scales, full, free;
   Plan* plan;
 };
 
@@ -27,13 +27,13 @@ struct Ring {
 __device__ __forceinline__ void bring_rows(const Operands& from, u32 to, u32 barrier, int column, int row, int count) {
   while (count >= 64) {
     bring_to_both(&from.right[0], to, barrier, column, row);
-    count -= 64, row += 64, to += 64 * DEPTH * 2;
+    count -= 64, row += 64, to += 64 * ROW_BYTES;
   }
 #pragma unroll
   for (int size = 32, each = 1; size >= 8; size /= 2, ++each) {
     if (count & size) {
       bring_to_both(&from.right[each], to, barrier, column, row);
-      row += size, to += size * DEPTH * 2;
+      row += size, to += size * ROW_BYTES;
     }
   }
 }
@@ -48,17 +48,19 @@ __device__ __forceinline__ void bring_all(const Parameters& p, const Memory& mem
     for (int slice = work.begin; slice < work.end; ++slice, ring.step()) {
       wait_for(memory.free + ring.slot * 8, ring.parity ^ 1);
       const u32 barrier = memory.full + ring.slot * 8, left = memory.left + ring.slot * LEFT_BYTES;
-      expect(barrier, LEFT_BYTES + tile.atoms * ATOM * DEPTH * 2);
       const bool last = slice == p.steps;
+      // Of an 8-bit product's adapter the matrix is read by the threads that multiply.
+      const bool both = !EIGHT || !last;
+      expect(barrier, (both ? LEFT_BYTES : 0) + tile.atoms * ATOM * ROW_BYTES);
       const Operands& from = last ? p.adapter : p.base;
       const int depth = last ? 0 : slice * DEPTH, in_all = last ? p.rank : p.steps * DEPTH;
       if (TRANSPOSED) {
         bring(&from.left, left, barrier, depth, tile.expert * p.wide * 2 * FEATURES + feature);
-      } else {
+      } else if (both) {
         bring(&from.left, left, barrier, feature, tile.expert * in_all + depth);
-        bring(&from.left, left + LEFT_BYTES / 2, barrier, feature + 64, tile.expert * in_all + depth);
+        if (!EIGHT) bring(&from.left, left + LEFT_BYTES / 2, barrier, feature + 64, tile.expert * in_all + depth);
       }
-      const u32 right = memory.right + ring.slot * RIGHT_BYTES + first * DEPTH * 2;
+      const u32 right = memory.right + ring.slot * RIGHT_BYTES + first * ROW_BYTES;
       bring_rows(from, right, barrier, depth, tile.row + first, behind - first);
     }
   }
@@ -72,12 +74,11 @@ __device__ __forceinline__ u32 as_pair(float low, float high) {
   return both;
 }
 
-// Stores COUNT atoms of a group's result, four values each. A warp has 16 features of every token.
+// Writes COUNT atoms of a group's result to shared memory, four values each, as bf16: [tokens, 64 features]. A warp has 16
+// features of every token.
 template <int COUNT>
-__device__ __forceinline__ void store(const float* values, const Parameters& p, u32 staged, int group, u32 program,
-                                      const Tile& tile, int token) {
-  const int thread = threadIdx.x & 127, warp = thread / 32, lane = thread & 31;
-  group_meets(group);
+__device__ __forceinline__ void stage(const float* values, u32 staged) {
+  const int warp = (threadIdx.x & 127) / 32, lane = threadIdx.x & 31;
 #pragma unroll
   for (int atom = 0; atom < COUNT; atom += 2) {
     const float* own = values + atom * 4;
@@ -93,6 +94,32 @@ __device__ __forceinline__ void store(const float* values, const Parameters& p, 
                    : "memory");
     }
   }
+}
+
+// The same where rows m and m + 8 of a warp's result are neighboring features (product_registers.cuh).
+template <int COUNT>
+__device__ __forceinline__ void stage_interleaved(const float* values, u32 staged) {
+  const int warp = (threadIdx.x & 127) / 32, lane = threadIdx.x & 31, row = lane / 4;
+#pragma unroll
+  for (int atom = 0; atom < COUNT; ++atom) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int at = atom * ATOM + (lane & 3) * 2 + i;
+      const u32 to = staged + at * 128 + ((warp * 2 + row / 4) ^ (at & 7)) * 16 + (row & 3) * 4;
+      const u32 both = as_pair(values[atom * 4 + i], values[atom * 4 + 2 + i]);
+      asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(both) : "memory");
+    }
+  }
+}
+
+// Stores COUNT atoms of a group's result.
+template <int COUNT, bool INTERLEAVED>
+__device__ __forceinline__ void store(const float* values, const Parameters& p, u32 staged, int group, u32 program,
+                                      const Tile& tile, int token) {
+  const int thread = threadIdx.x & 127;
+  group_meets(group);
+  if constexpr (INTERLEAVED) stage_interleaved<COUNT>(values, staged);
+  else stage<COUNT>(values, staged);
   group_meets(group);
   const int chunk = thread & 7;
   const u64 width = (u64)p.wide * 2 * FEATURES;
@@ -111,7 +138,7 @@ __device__ __forceinline__ void store(const float* values, const Parameters& p, 
 }
 
 // The sum of COUNT atoms of all pieces of a tile, always in the same order.
-template <int COUNT>
+template <int COUNT, bool INTERLEAVED>
 __device__ __forceinline__ void add_atoms(const Parameters& p, u32 staged, const Work& work, int group, u32 program,
                                           int atom) {
   float sum[COUNT * 4] = {};
@@ -124,10 +151,11 @@ __device__ __forceinline__ void add_atoms(const Parameters& p, u32 staged, const
       sum[4 * i] += values.x, sum[4 * i + 1] += values.y, sum[4 * i + 2] += values.z, sum[4 * i + 3] += values.w;
     }
   }
-  store<COUNT>(sum, p, staged, group, program, work.tile, atom * ATOM);
+  store<COUNT, INTERLEAVED>(sum, p, staged, group, program, work.tile, atom * ATOM);
 }
 
 // Adds up the pieces of a tile if this one is the last to be done.
+template <bool INTERLEAVED>
 __device__ __forceinline__ void add_up(const Parameters& p, const Memory& memory, const Work& work, int group, u32 program) {
   int* was = memory.plan->was + group;
   __threadfence();
@@ -142,44 +170,74 @@ __device__ __forceinline__ void add_up(const Parameters& p, const Memory& memory
   __threadfence();
   const u32 staged = memory.staged + group * STAGED_BYTES;
   int atom = 0;
-  for (; atom + 4 <= work.tile.atoms; atom += 4) add_atoms<4>(p, staged, work, group, program, atom);
-  for (; atom < work.tile.atoms; ++atom) add_atoms<1>(p, staged, work, group, program, atom);
+  for (; atom + 4 <= work.tile.atoms; atom += 4) add_atoms<4, INTERLEAVED>(p, staged, work, group, program, atom);
+  for (; atom < work.tile.atoms; ++atom) add_atoms<1, INTERLEAVED>(p, staged, work, group, program, atom);
+}
+
+// Waits until the products of a slice are done and hands it back to both programs.
+__device__ __forceinline__ void finish(const Memory& memory, const Ring& ring) {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  const int lane = threadIdx.x & 31;
+  if (lane < 2) arrive_at(memory.free + ring.slot * 8, lane);
 }
 
 template <bool TRANSPOSED, int ATOMS>
 __device__ __forceinline__ void multiply(const Parameters& p, const Memory& memory, const Work& work, Ring& ring,
                                          int group, u32 program) {
   constexpr int N = ATOMS * ATOM;
+  constexpr bool IN_REGISTERS = EIGHT && !TRANSPOSED;
   float result[N / 2];
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) result[i] = 0;
-  const int lane = threadIdx.x & 31;
-  for (int slice = work.begin; slice < work.end; ++slice, ring.step()) {
+  Epilogue<TRANSPOSED> epilogue(p, work.tile, group, program);
+  int slice = work.begin;
+  for (const int behind = EIGHT ? min(work.end, p.steps) : work.end; slice < behind; ++slice, ring.step()) {
     wait_for(memory.full + ring.slot * 8, ring.parity);
-    const u64 left = operand<(TRANSPOSED ? 1 : 1024 >> 4)>(memory.left + ring.slot * LEFT_BYTES + group * (LEFT_BYTES / 2));
+    const u32 start = memory.left + ring.slot * LEFT_BYTES;
     const u64 right = operand<1>(memory.right + ring.slot * RIGHT_BYTES);
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    if constexpr (IN_REGISTERS) {
+      u32 left[ROW_BYTES / 32][4];
+      read_transposed(left, start, group);
+      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-    for (int k = 0; k < DEPTH / 16; ++k)
-      multiply_add<TRANSPOSED>(result, left + k * (TRANSPOSED ? 32 >> 4 : 2048 >> 4), right + k * (32 >> 4));
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-    if (lane < 2) arrive_at(memory.free + ring.slot * 8, lane);
+      for (int k = 0; k < ROW_BYTES / 32; ++k) multiply_add_registers(result, left[k], right + k * (32 >> 4));
+      finish(memory, ring);
+    } else {
+      const u64 left = operand<(TRANSPOSED ? 1 : 1024 >> 4)>(start + group * (LEFT_BYTES / 2));
+      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+      for (int k = 0; k < ROW_BYTES / 32; ++k)
+        multiply_add<TRANSPOSED>(result, left + k * (TRANSPOSED ? 32 >> 4 : 2048 >> 4), right + k * (32 >> 4));
+      finish(memory, ring);
+    }
   }
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) asm volatile("" : "+f"(result[i])::"memory");
+  epilogue.template scale<ATOMS>(result, memory.scales, group);
+  if constexpr (IN_REGISTERS) {
+    // All threads agree, which the compiler must see: products in a branch that it takes for divergent run one by one.
+    if (__any_sync(~0u, slice < work.end)) {
+      wait_for(memory.full + ring.slot * 8, ring.parity);
+      epilogue.add_adapter(result, operand<1>(memory.right + ring.slot * RIGHT_BYTES));
+      finish(memory, ring);
+      ring.step();
+#pragma unroll
+      for (int i = 0; i < N / 2; ++i) asm volatile("" : "+f"(result[i])::"memory");
+    }
+  }
   if (!work.is_piece()) {
     const u32 staged = memory.staged + group * STAGED_BYTES;
     constexpr int AT_ONCE = STAGED_TOKENS / ATOM;
 #pragma unroll
     for (int atom = 0; atom < ATOMS; atom += AT_ONCE) {
       if constexpr (ATOMS % AT_ONCE == 0) {
-        store<AT_ONCE>(result + atom * 4, p, staged, group, program, work.tile, atom * ATOM);
+        store<AT_ONCE, IN_REGISTERS>(result + atom * 4, p, staged, group, program, work.tile, atom * ATOM);
       } else {
         if (atom + AT_ONCE <= ATOMS)
-          store<AT_ONCE>(result + atom * 4, p, staged, group, program, work.tile, atom * ATOM);
+          store<AT_ONCE, IN_REGISTERS>(result + atom * 4, p, staged, group, program, work.tile, atom * ATOM);
         else
-          store<ATOMS % AT_ONCE>(result + atom * 4, p, staged, group, program, work.tile, atom * ATOM);
+          store<ATOMS % AT_ONCE, IN_REGISTERS>(result + atom * 4, p, staged, group, program, work.tile, atom * ATOM);
       }
     }
   } else {
@@ -199,11 +257,14 @@ __device__ __forceinline__ void multiply_all(const Parameters& p, const Memory& 
 #define CASE(n) \
   case n: multiply<TRANSPOSED, n>(p, memory, work, ring, group, program); break;
       CASE(2) CASE(4) CASE(6) CASE(8) CASE(10) CASE(12) CASE(14) CASE(16)
-      CASE(17) CASE(18) CASE(19) CASE(20) CASE(21) CASE(22) CASE(23) CASE(24)
-      CASE(25) CASE(26) CASE(27) CASE(28) CASE(29) CASE(30) CASE(31) CASE(32)
+      CASE(18) CASE(20) CASE(22) CASE(24) CASE(26) CASE(28) CASE(30) CASE(32)
+#undef CASE
+#define CASE(n) \
+  case n: if constexpr (UNIT == 1) multiply<TRANSPOSED, n>(p, memory, work, ring, group, program); break;
+      CASE(17) CASE(19) CASE(21) CASE(23) CASE(25) CASE(27) CASE(29) CASE(31)
 #undef CASE
     }
-    if (work.is_piece()) add_up(p, memory, work, group, program);
+    if (work.is_piece()) add_up<EIGHT && !TRANSPOSED>(p, memory, work, group, program);
   }
 }
 
@@ -216,7 +277,8 @@ __device__ __forceinline__ void grouped_product(const Parameters& p) {
   memory.left = base;
   memory.right = memory.left + STAGES * LEFT_BYTES;
   memory.staged = memory.right + STAGES * RIGHT_BYTES;
-  memory.full = memory.staged + GROUPS * STAGED_BYTES;
+  memory.scales = memory.staged + GROUPS * STAGED_BYTES;
+  memory.full = memory.scales + GROUPS * MOST_ATOMS * ATOM * 4;
   memory.free = memory.full + STAGES * 8;
   memory.plan = reinterpret_cast<Plan*>(pointer + (memory.free + STAGES * 8 - base));
   u32 program;

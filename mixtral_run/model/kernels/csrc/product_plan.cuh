@@ -1,10 +1,13 @@
 // The tiles of product.cu, and their assignment to pairs of programs.
 
-constexpr int DEPTH = 64;      // length of a slice along the sum: 128 bytes of a row, the unit of TMA's swizzle
+constexpr bool EIGHT = BITS == 8;            // of a number of both operands; BITS comes before this file
+constexpr int ROW_BYTES = 128;               // of a slice, the unit of TMA's swizzle
+constexpr int DEPTH = ROW_BYTES * 8 / BITS;  // length of a slice along the sum
 constexpr int FEATURES = 128;  // features of a program's tile; the tiles of a pair are neighbors
 constexpr int GROUPS = 2;      // groups of four warps, 64 features each
 constexpr int ATOM = 8;        // tokens; a tile has 1 to 32 of them
 constexpr int MOST_ATOMS = 32;
+constexpr int UNIT = EIGHT ? 2 : 1;  // atoms by which tiles differ: fewer widths take less time to compile
 constexpr int MOST_EXPERTS = 64;
 constexpr int MOST_PAIRS = 128;
 constexpr int MOST_PIECES = 8;  // pieces of a tile
@@ -18,11 +21,14 @@ struct Operands {
 
 struct Parameters {
   Operands base;
-  Operands adapter;
+  Operands adapter;  // in 16 bit; of 8-bit products only the rows
   const int* offsets;
   u16* output;
   float4* parts;  // [pieces, programs, groups, VALUES / 4, 128]
   int* counters;  // [tiles, programs, groups], zero before and after a call
+  const float* row_scales;  // of 8-bit products: [tokens]
+  const float* scales;      // of 8-bit products: [experts, features], or null
+  const u16* half;          // of 8-bit products: the adapter's matrix, bf16 [experts, rank, features]
   int experts;
   int wide;   // columns of tiles
   int steps;  // slices along the sum of the base product
@@ -39,7 +45,7 @@ struct Plan {
   int row_end[MOST_EXPERTS];
   int high[MOST_EXPERTS];   // tiles in a column
   int least[MOST_EXPERTS];  // atoms of each
-  int more[MOST_EXPERTS];   // number of tiles that have one atom more
+  int more[MOST_EXPERTS];   // number of tiles that have one unit more
   int was[GROUPS];
 };
 
@@ -51,11 +57,11 @@ __device__ __forceinline__ Tile find(const Plan& plan, int number) {
   int at = 0;
   while (number >= plan.tile_start[at + 1]) ++at;
   const int local = number - plan.tile_start[at], high = plan.high[at];
-  // Each column begins with another tile: tiles with one atom more would otherwise fall to the same pair every round.
+  // Each column begins with another tile: larger tiles would otherwise fall to the same pair every round.
   const int column = local / high, down = (local + column) % high;
   const int least = plan.least[at], more = plan.more[at];
-  return {plan.expert[at], plan.row_start[at] + (down * least + min(down, more)) * ATOM, least + (down < more),
-          plan.row_end[at], column};
+  return {plan.expert[at], plan.row_start[at] + (down * least + min(down, more) * UNIT) * ATOM,
+          least + (down < more) * UNIT, plan.row_end[at], column};
 }
 
 // All threads of a program must call.
@@ -66,7 +72,7 @@ __device__ __forceinline__ void plan_tiles(Plan& plan, const Parameters& p) {
   if (me < p.experts) {
     begin = me ? p.offsets[me - 1] : 0;
     end = p.offsets[me];
-    atoms = (end - begin + ATOM - 1) / ATOM;
+    atoms = (end - begin + UNIT * ATOM - 1) / (UNIT * ATOM) * UNIT;
     // Small tiles have even numbers of atoms: fewer widths take less time to compile.
     if (atoms < MOST_ATOMS / 2) atoms += atoms & 1;
     high = (atoms + MOST_ATOMS - 1) / MOST_ATOMS;
@@ -82,8 +88,8 @@ __device__ __forceinline__ void plan_tiles(Plan& plan, const Parameters& p) {
     plan.row_start[at] = begin;
     plan.row_end[at] = end;
     plan.high[at] = high;
-    plan.least[at] = high ? atoms / high : 0;
-    plan.more[at] = high ? atoms % high : 0;
+    plan.least[at] = high ? atoms / UNIT / high * UNIT : 0;
+    plan.more[at] = high ? atoms / UNIT % high : 0;
   }
   __syncthreads();
   if (me <= p.experts) {
@@ -99,7 +105,7 @@ __device__ __forceinline__ float load_of(const Plan& plan, int experts, int whol
   float load = 0;
   for (int at = 0, before = 0; at < experts && plan.tile_start[at] < whole; ++at) {
     const int after = (min(plan.tile_start[at + 1], whole) + pairs - 1 - pair) / pairs;
-    if (plan.high[at]) load += (after - before) * (plan.least[at] + (float)plan.more[at] / plan.high[at]);
+    if (plan.high[at]) load += (after - before) * (plan.least[at] + (float)plan.more[at] * UNIT / plan.high[at]);
     before = after;
   }
   return load;

@@ -6,8 +6,8 @@ in bf16. Both products read it:
     forward         y  = x̂·Ŵᵀ       x quantized by row; its scales and those of the weight multiply the result
     input gradient  dx = ĝ·Ŵ         g times the weight's scales, which run along the sum, then quantized by row
 
-Hopper's 8-bit products need both operands contiguous along the sum, which the weight is not for the gradient. A kernel
-of our own transposes it in registers (gradient_gluon.py). Where that kernel does not run, the weight is transposed each
+Hopper's 8-bit products need both operands contiguous along the sum, which the weight is not for the gradient. Our own
+product transposes it in registers (hopper_grouped_mm.py). Where that does not run, the weight is transposed each
 time into memory that the next layer reuses (the experts of one linear layer): a second copy of all weights would cost
 as much as bf16. On other GPUs, in 4 bit, and as the reference of the tests, weights are dequantized to the rows' dtype
 and multiplied; activations are then not quantized.
@@ -16,6 +16,7 @@ and multiplied; activations are then not quantized.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -48,14 +49,17 @@ KEPT_AS = {"fp8": 1, "nf4": 1}
 """Version of the numbers that `quantize_to` returns. Files store them: raise it whenever the numbers change."""
 
 
-def quantize(tensor: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(tensor: Tensor, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Quantize along the last dimension: return values in 8 bit and scales, fp32, without that dimension.
 
-    The result is the same on every device, bit for bit.
+    The result is the same on every device, bit for bit. largest: fp32, the largest magnitude of each row, if `tensor`
+    has only a part of it.
     """
     exact = tensor.float()
+    if largest is None:
+        largest = exact.abs().amax(-1)
     # Multiply by the reciprocal explicitly: a GPU would do so for a division by a constant, and a CPU would not.
-    scales = exact.abs().amax(-1).clamp(min=TINY) * (1 / LARGEST)
+    scales = largest.clamp(min=TINY) * (1 / LARGEST)
     return (exact / scales[..., None]).clamp(-LARGEST, LARGEST).to(FP8), scales
 
 
@@ -199,12 +203,14 @@ def rows_gradient(
         small, row_scales = quantize_rows(gradient, scales, offsets)
     else:
         small = quantize_with(gradient, scales, row_scales, offsets)
-    if reads_untransposed(gradient.device):
-        from mixtral_run.model.kernels.quantized.gradient_gluon import fits, untransposed_gradient
+    rank = linear_in.shape[1] if linear_in is not None else 0
+    if _takes_own_product(values, values.shape[2], values.shape[1], rank):
+        from mixtral_run.model.kernels import hopper_grouped_mm
 
-        if fits(values, linear_in):
-            adapter = linear_in.contiguous() if linear_in is not None else None
-            return untransposed_gradient(small, values, row_scales, offsets, inner, adapter)
+        adapter = None
+        if inner is not None and linear_in is not None:
+            adapter = inner.contiguous(), linear_in.contiguous()
+        return hopper_grouped_mm.scaled_product(small, values, row_scales, None, offsets, adapter, transposed=False)
     return with_inner(scaled_product(small, transposed(values), row_scales, None, offsets), inner, linear_in, offsets)
 
 
@@ -215,34 +221,65 @@ def with_inner(gradient: Tensor, inner: Tensor | None, linear_in: Tensor | None,
     return add_product(gradient, inner, linear_in, 1.0, offsets)
 
 
+def _takes_own_product(values: Tensor, width: int, depth: int, rank: int = 0) -> bool:
+    """Return True if hopper_grouped_mm.py takes this product in 8 bit: its self-test passed, and the sizes fit."""
+    if not own_product_runs(values.device):
+        return False
+    from mixtral_run.model.kernels.hopper_grouped_mm import fits
+
+    return fits(values.shape[0], width, depth, rank, num_bytes=1)
+
+
 @functools.cache
-def reads_untransposed(device: torch.device) -> bool:
-    """Return True if gradient_gluon.py runs on this device and a small product of it is right. Gluon changes from
-    version to version.
-    """
+def own_product_runs(device: torch.device) -> bool:
+    """Return True if the 8-bit products of hopper_grouped_mm.py compile on this machine and small ones are right."""
 
     def small() -> tuple[Tensor, Tensor]:
-        from mixtral_run.model.kernels.quantized.gradient_gluon import untransposed_gradient
-
-        generator = torch.Generator(device).manual_seed(1)
-        rows, matrices = (
-            torch.randn(shape, device=device, generator=generator).to(FP8) for shape in ((160, 256), (2, 256, 256))
-        )
-        inner, linear_in = (
-            torch.randn(shape, device=device, generator=generator).bfloat16() for shape in ((160, 16), (2, 16, 256))
-        )
-        offsets = torch.tensor([150, 160], device=device, dtype=torch.int32)
-        found = untransposed_gradient(rows, matrices, torch.ones(160, device=device), offsets, inner, linear_in)
-        owner = (torch.arange(160, device=device) >= 150).long()
-        expected = torch.einsum("to,toi->ti", rows.float(), matrices.float()[owner])
-        return found, expected + torch.einsum("tr,tri->ti", inner.float(), linear_in.float()[owner])
+        # More tiles than the GPU has pairs of multiprocessors, and few tiles, which are cut into pieces.
+        cases = itertools.product(((128, 10240), (2048, 768)), (False, True))
+        results = [_small_products(device, *size, transposed=transposed) for size, transposed in cases]
+        return torch.cat([found.view(-1) for found, _ in results]), torch.cat([right.view(-1) for _, right in results])
 
     why = why_not(small)
     if why:
         log.warning(
-            "8-bit gradients go through transposed weights, a tenth slower (%s); Triton 3.6 to 3.8 need not.", why
+            "8-bit experts go through Triton's products and transposed weights, slower (%s); ours need cuda-bindings "
+            "and NVRTC.",
+            why,
         )
     return not why
+
+
+def _small_products(device: torch.device, depth: int, width: int, *, transposed: bool) -> tuple[Tensor, Tensor]:
+    """Return a product in 8 bit of hopper_grouped_mm.py, with an adapter if it takes one, and its reference."""
+    from mixtral_run.model.kernels import hopper_grouped_mm
+
+    counts, rank = [230, 70], 16
+    generator = torch.Generator(device).manual_seed(1)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, generator=generator)
+
+    rows = draw(sum(counts), depth).to(FP8)
+    matrices = draw(2, *((width, depth) if transposed else (depth, width))).to(FP8)
+    row_scales, scales = draw(sum(counts)).abs(), draw(2, width).abs() if transposed else None
+    inner, half = draw(sum(counts), rank).bfloat16(), draw(2, rank, width).bfloat16()
+    offsets = torch.tensor(counts, device=device).cumsum(0).int()
+    exact = matrices.float().transpose(1, 2) if transposed else matrices.float()
+
+    def by_expert(left: Tensor, right: Tensor) -> Tensor:
+        return torch.cat([part @ matrix for part, matrix in zip(left.float().split(counts), right, strict=True)])
+
+    expected = by_expert(rows, exact) * row_scales[:, None]
+    if scales is None:
+        expected += by_expert(inner, half.float())
+    else:
+        expected *= scales.repeat_interleave(torch.tensor(counts, device=device), dim=0)
+    adapter = None if transposed else (inner, half)
+    found = hopper_grouped_mm.scaled_product(
+        rows, matrices, row_scales, scales, offsets, adapter, transposed=transposed
+    )
+    return found, expected
 
 
 def scaled_product(
@@ -254,6 +291,10 @@ def scaled_product(
     """
     from mixtral_run.model.kernels.quantized.quantized_mm_triton import fits_tiles, tiled_product
 
+    if _takes_own_product(matrices, *matrices.shape[1:]):
+        from mixtral_run.model.kernels import hopper_grouped_mm
+
+        return hopper_grouped_mm.scaled_product(small, matrices, row_scales, scales, offsets, transposed=True)
     if fits_tiles(matrices):
         return tiled_product(small, matrices, row_scales, scales, offsets)
     if scales is None:

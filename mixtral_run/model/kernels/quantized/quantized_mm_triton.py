@@ -36,7 +36,6 @@ def _quantize_kernel(
 ):
     """Quantize one row a program: all of the row is in registers."""
     row = tl.program_id(0).to(tl.int64)
-    numbers = tl.arange(0, EXPERTS)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
     at = row
@@ -44,10 +43,13 @@ def _quantize_kernel(
         at = tl.load(source_ptr + row)
     value = tl.load(rows_ptr + at * width + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_COLUMNS:
-        offsets = tl.load(offsets_ptr + numbers, mask=numbers < num_experts, other=2147483647)
-        # Rows at or after the last offset belong to no expert: any columns will do.
-        expert = tl.minimum(tl.sum((offsets <= row).to(tl.int64), axis=0), num_experts - 1)
-        value = value * tl.load(columns_ptr + expert * width + columns, mask=inside, other=0.0)
+        if EXPERTS > 1:
+            numbers = tl.arange(0, EXPERTS)
+            offsets = tl.load(offsets_ptr + numbers, mask=numbers < num_experts, other=2147483647)
+            # Rows at or after the last offset belong to no expert: any columns will do.
+            expert = tl.minimum(tl.sum((offsets <= row).to(tl.int64), axis=0), num_experts - 1)
+            columns_ptr += expert * width
+        value = value * tl.load(columns_ptr + columns, mask=inside, other=0.0)
     scale = tl.maximum(tl.max(tl.abs(value), axis=0), TINY) / LARGEST
     tl.store(scales_ptr + row, scale)
     value = tl.minimum(tl.maximum(value * (1.0 / scale), -LARGEST), LARGEST)
@@ -89,31 +91,34 @@ def _transpose_kernel(source_ptr, target_ptr, height, width, TILE: tl.constexpr)
 
 
 def quantize_rows(
-    rows: Tensor, columns: Tensor | None, offsets: Tensor, source: Tensor | None = None
+    rows: Tensor, columns: Tensor | None, offsets: Tensor | None, source: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Quantize contiguous rows [.., width], times their expert's columns [experts, width] if given, by row.
 
-    source: int64 [tokens], the index in `rows` of each token; None if the rows are in order already. Returns values
-    [tokens, width] and scales fp32 [tokens], as quantized_mm.quantize does.
+    offsets: None if there is one expert, or one weight for all rows. source: int64 [tokens], the index in `rows` of
+    each token; None if the rows are in order already. Returns values [tokens, width] and scales fp32 [tokens], as
+    quantized_mm.quantize does.
     """
     tokens, width = rows.shape if source is None else (source.shape[0], rows.shape[1])
     values = torch.empty(tokens, width, dtype=FP8, device=rows.device)
     scales = torch.empty(tokens, dtype=torch.float32, device=rows.device)
     block = triton.next_power_of_2(width)
+    experts = offsets.shape[0] if offsets is not None else 1
+    # Pointers that the kernel does not read are those of the scales.
     _quantize_kernel[(tokens,)](
         rows,
-        source if source is not None else offsets,
+        source if source is not None else scales,
         columns if columns is not None else scales,
-        offsets,
+        offsets if offsets is not None else scales,
         values,
         scales,
         width,
-        offsets.shape[0],
+        experts,
         LARGEST=LARGEST,
         TINY=TINY,
         HAS_SOURCE=source is not None,
         HAS_COLUMNS=columns is not None,
-        EXPERTS=triton.next_power_of_2(offsets.shape[0]),
+        EXPERTS=triton.next_power_of_2(experts),
         BLOCK=block,
         num_warps=min(max(block // 1024, 4), 32),
     )

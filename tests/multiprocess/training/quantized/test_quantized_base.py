@@ -1,6 +1,9 @@
 """A checkpoint loaded with its experts in 8 or 4 bit, and the verb that trains on it."""
 
+import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,11 +31,13 @@ def test_every_layer_is_the_bases_quantized(
         tensor_model_parallel_size=1,
         expert_model_parallel_size=1,
         base_precision=precision,
+        attention_precision="fp8" if precision == "nf4" else "bf16",
     ).check()
     base, whole_base = describe_base(config.load), describe_base(small_checkpoint)
     lora = LoraSettings(4, 8.0, 0.0, config.lora_target_modules, 1)
     with open_mesh(config) as mesh:
-        whole = load_for_training(config, whole_base, mesh, lora, recompute="none")
+        in_bf16 = dataclasses.replace(config, attention_precision="bf16")
+        whole = load_for_training(in_bf16, whole_base, mesh, lora, recompute="none")
         small = load_for_training(config, base, mesh, lora, recompute="none", base_precision=precision)
         pairs = list(zip(whole.gpt.decoder.layers, small.gpt.decoder.layers, strict=True))
         assert len(pairs) == 2
@@ -43,7 +48,18 @@ def test_every_layer_is_the_bases_quantized(
                 assert linear.weight is None
                 assert torch.equal(linear.values.view(torch.uint8), values.view(torch.uint8))
                 assert torch.equal(linear.scales, scales)
-            assert torch.equal(full.self_attention.linear_qkv.weight, eight.self_attention.linear_qkv.weight)
+            assert_attention(full.self_attention, eight.self_attention, config.attention_precision)
+
+
+def assert_attention(full: Any, eight: Any, precision: str) -> None:
+    for name in ("linear_qkv", "linear_proj"):
+        mine, weight = getattr(eight, name), getattr(full, name).weight
+        if precision == "bf16":
+            assert torch.equal(mine.weight, weight)
+            continue
+        values, scales = quantize_to(weight, precision)
+        assert mine.weight is None and torch.equal(mine.quantized.scales[0], scales)
+        assert torch.equal(mine.quantized.values.view(torch.uint8), values.view(torch.uint8))
 
 
 def test_the_verb_trains_packed_on_two_processes_and_resumes(own_checkpoint: Path, tmp_path: Path) -> None:
@@ -53,12 +69,14 @@ def test_the_verb_trains_packed_on_two_processes_and_resumes(own_checkpoint: Pat
     for precision in ("bf16", "fp8"):
         save = tmp_path / precision
         flags = [*words, str(save), *settings, "--base-precision", precision, "--recompute", "selective"]
+        flags += ["--attention-precision", precision]
         done = mixtral_run(*flags, "--train-iters", "3", "--save-interval", "2")
         assert done.returncode == 0, done.stderr
         assert "as TP1/EP2" in done.stdout and "examples packed into" in done.stdout
         losses[precision] = [each["loss"] for each in read_metrics(save / "metrics.jsonl")]
     assert losses["fp8"] == pytest.approx(losses["bf16"], rel=0.01)
     assert losses["fp8"] != losses["bf16"]
+    assert json.loads((tmp_path / "fp8" / "summary.json").read_text())["attention_precision"] == "fp8"
     more = mixtral_run(*flags, "--train-iters", "4", "--resume")
     assert more.returncode == 0, more.stderr
     assert describe_adapter(tmp_path / "fp8").iteration == 4

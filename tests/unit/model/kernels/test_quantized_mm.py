@@ -163,12 +163,12 @@ def as_if_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "_scaled_grouped_mm", _checked(torch._scaled_grouped_mm))
     monkeypatch.setattr(quantized_mm, "has_scaled_product", lambda *_: True)
     monkeypatch.setattr(experts, "has_scaled_product", lambda *_: True)
-    monkeypatch.setattr(quantized_mm, "reads_untransposed", lambda _: False)
+    monkeypatch.setattr(quantized_mm, "own_product_runs", lambda _: False)
 
 
-def test_a_gradient_kernel_that_does_not_run_is_reported_and_replaced(caplog: pytest.LogCaptureFixture) -> None:
-    assert not quantized_mm.reads_untransposed.__wrapped__(torch.device("cpu"))
-    assert "go through transposed weights" in caplog.text and "Triton" in caplog.text
+def test_an_own_product_that_does_not_run_is_reported_and_replaced(caplog: pytest.LogCaptureFixture) -> None:
+    assert not quantized_mm.own_product_runs.__wrapped__(torch.device("cpu"))
+    assert "transposed weights, slower" in caplog.text and "NVRTC" in caplog.text
 
 
 def _checked(original: object) -> object:

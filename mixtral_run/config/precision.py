@@ -1,0 +1,34 @@
+"""Precision of attention, a setting that `finetune`, `align` and `plan` share. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mixtral_run.config.fields import MEMORY, setting
+from mixtral_run.config.lora import LoraShapeConfig
+
+ATTENTION_PRECISIONS = ("bf16", "fp8")
+"""Storage of the frozen projections of attention and of the output layer: in the model's dtype (bf16), or in 8 bit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionPrecisionConfig(LoraShapeConfig):
+    """Setting of the precision of attention and of the output layer."""
+
+    attention_precision: str = setting(
+        "bf16",
+        help="Storage of the frozen projections of attention (linear_qkv, linear_proj) and of the output layer (lm "
+        "head). bf16: as --dtype. fp8: 8 bit, multiplied in 8 bit on H100 and H200, which is faster and needs as much "
+        "memory. Other GPUs refuse fp8.",
+        choices=ATTENTION_PRECISIONS,
+        section=MEMORY,
+    )
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.attention_precision == "fp8" and "lm_head" in self.train_also:
+            found.append(
+                "--attention-precision fp8: expected --train-also without lm_head, since the output layer is stored in "
+                f"8 bit and frozen; found --train-also {','.join(self.train_also)}"
+            )
+        return found

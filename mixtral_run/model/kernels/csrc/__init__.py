@@ -1,0 +1,1 @@
+"""CUDA C++ sources of kernels, and how they are compiled."""

@@ -1,0 +1,88 @@
+"""The references of the kernels for few tokens, and when the model's layers call these kernels."""
+
+import dataclasses
+import sys
+from collections import Counter
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import linear, silu
+
+from mixtral_run.config.launch import LaunchConfig
+from mixtral_run.inference.decode import Decoding, FixedShapeDecoding
+from mixtral_run.model.dispatch.permute import sort_by_expert
+from mixtral_run.model.kernels.decoding import few_tokens
+from mixtral_run.model.kernels.requirements import KernelSet
+from mixtral_run.model.mixtral import ModelSettings, build_model
+from mixtral_run.model.parallel.mesh import open_mesh
+from mixtral_run.model.routing.moe import choose
+from tests.multiprocess.conftest import SMALL
+
+ARCHITECTURE = dataclasses.replace(SMALL, ffn_hidden_size=128, moe_router_topk=8)
+"""All experts are chosen: near a tie rounding would decide which."""
+
+
+def test_the_reference_of_one_tokens_experts() -> None:
+    token, first, second = (torch.randn(shape, dtype=torch.float64) for shape in ((1, 6), (3, 10, 6), (3, 6, 5)))
+    probs = torch.tensor([[0.7, 0.3]])
+    expected = torch.zeros(6, dtype=torch.float64)
+    for expert, prob in ((2, probs[0, 0].double()), (0, probs[0, 1].double())):
+        hidden = first[expert] @ token[0]
+        expected += prob * (second[expert] @ (silu(hidden[:5]) * hidden[5:]))
+    found = few_tokens.plain_outputs_of_one(token, torch.tensor([[2, 0]]), probs, first, second)
+    torch.testing.assert_close(found, expected[None])
+
+
+def stand_in(calls: Counter[str]) -> SimpleNamespace:
+    """STAND-IN for the Triton kernels, which tests/gpu/kernels compares with the same references."""
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            calls[name] += 1
+            return function(*arguments)
+
+        return call
+
+    def sorted_rows(tokens: torch.Tensor, experts: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+        order, inverse, offsets = sort_by_expert(experts.flatten(), count)
+        return tokens[order // experts.shape[1]], order, inverse, offsets
+
+    functions: dict[str, Callable[..., Any]] = {
+        "route": lambda tokens, weight, topk: choose(linear(tokens.float(), weight.float()), topk),
+        "sorted_rows": sorted_rows,
+        "outputs_of_one": few_tokens.plain_outputs_of_one,
+        "product_of_one": linear,
+    }
+    return SimpleNamespace(**{name: counted(name, function) for name, function in functions.items()})
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (1, {"route": 4, "sorted_rows": 2, "outputs_of_one": 2, "product_of_one": 4}),
+        (3, {"route": 4, "sorted_rows": 4}),
+        (33, {}),
+    ],
+)
+def test_passes_of_few_tokens_take_their_kernels(
+    rows: int, expected: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pass over prompts of 9 tokens, and one over one more token each, in two layers."""
+    calls: Counter[str] = Counter()
+    monkeypatch.setitem(sys.modules, f"{few_tokens.__name__}_triton", stand_in(calls))
+    config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")
+    tokens, padding = torch.randint(1, SMALL.vocab_size, (rows, 10)), torch.zeros(rows, dtype=torch.int64)
+    with open_mesh(config) as mesh, torch.inference_mode():
+        model = build_model(ARCHITECTURE, ModelSettings(torch.bfloat16, False), mesh).eval()
+        for index, weight in enumerate(model.parameters()):
+            weight.data.normal_(0.0, 0.1, generator=torch.Generator().manual_seed(index))
+        found = []
+        for kind, kernels in ((Decoding, None), (FixedShapeDecoding, KernelSet.HOPPER)):
+            monkeypatch.setattr(few_tokens, "kernels_of", lambda _, kernels=kernels: kernels)
+            passes = kind(model, padding, 10)
+            found.append(torch.stack([passes(tokens[:, :9]), passes(tokens[:, 9:])]).float())
+    assert calls == expected
+    assert float((found[0] - found[1]).norm()) < 2e-2 * float(found[0].norm())
