@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from mixtral_run.train.data.packing import PackedSamples, Packing, pack_lengths
+from mixtral_run.train.data.cache.token_arrays import TokenArrays
+from mixtral_run.train.data.packing import PackedSamples, Packing, joined_row, pack_lengths
 from mixtral_run.train.data.samples import Samples, batches
+from mixtral_run.train.data.templates.encoded import EncodedExample
 from mixtral_run.trial.sizes import INSTRUCTIONS
 from tests.support.examples import examples_of
 from tests.support.samples import samples_of
@@ -166,3 +168,17 @@ def test_every_layout_sees_the_same_rows(samples: Samples) -> None:
     assert torch.equal(rows, whole.tokens)
     lengths = tuple(row for half in halves for micro in half.micro_batches for row in micro.lengths or ())
     assert lengths == whole.lengths
+
+
+def test_a_joined_row_ends_in_padding_that_does_not_count() -> None:
+    """Examples of 3 and 4 tokens have 2 and 3 positions; three of eight are left, and hold the id of padding alone."""
+    encoded = [
+        EncodedExample(np.arange(first, last, dtype=np.int32), ((0, 9),)) for first, last in ((10, 13), (20, 24))
+    ]
+    both = Samples(TokenArrays.of(["a", "b"], encoded), 8, padding_id=7)
+    # A span that begins with the first token counts from the second one on, which no position predicts the first of.
+    assert both.row(0).loss_mask.tolist() == [1, 1, 0, 0, 0, 0, 0, 0]
+    row = joined_row(both, [0, 1])
+    assert row.tokens.tolist() == [10, 11, 20, 21, 22, 7, 7, 7]
+    assert row.labels.tolist() == [11, 12, 21, 22, 23, 7, 7, 7]
+    assert row.loss_mask.tolist() == [1, 1, 1, 1, 1, 0, 0, 0]
