@@ -25,9 +25,11 @@ try:
         with contextlib.suppress(Exception):
             importlib.import_module(_name)
 
-    # The kernels need Triton on GPUs.
+    # On GPUs the kernels need Triton, and parts of torch import its compiler, which takes seconds: better here, while
+    # the job is planned, than in every process.
     if torch.version.cuda is not None:
         with contextlib.suppress(ImportError):
+            import torch._dynamo
             import triton  # noqa: F401
 finally:
     signal.signal(signal.SIGINT, _handler)

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from mixtral_run.model.architecture import MIXTRAL_8X7B
-from mixtral_run.model.kernels.quantized.quantized_mm import SHORT_SUM
 from mixtral_run.model.kernels.requirements import Capability, KernelSet, kernel_set_of
 from mixtral_run.model.kernels.selected import compiling_for
 
@@ -127,11 +126,8 @@ def weight_calls(experts: int, capability: Capability) -> Iterator[Call]:
             columns = tensor(1, width, dtype=fp32)
             yield partial(quantized_mm_triton.quantize_rows, tensor(TOKENS, width), columns, None)
     for outputs, inputs in ((2 * ffn, hidden), (hidden, ffn)):
-        small, values = tensor(rows, inputs, dtype=fp8), tensor(experts, outputs, inputs, dtype=fp8)
         scales = tensor(experts, outputs, dtype=fp32)
         yield partial(quantized_mm_triton.quantize_rows, tensor(rows, inputs), None, offsets)
-        if inputs <= SHORT_SUM:
-            yield partial(quantized_mm_triton.tiled_product, small, values, row_scales, scales, offsets)
         yield partial(quantized_mm_triton.quantize_rows, tensor(rows, outputs), scales, offsets)
         yield partial(quantized_mm_triton.quantize_with, tensor(rows, outputs), scales, row_scales, offsets)
 

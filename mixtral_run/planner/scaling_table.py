@@ -12,12 +12,12 @@ from mixtral_run.planner.workload import Workload
 from mixtral_run.terminal.report import Report
 
 MEASURED_RATES = {
-    ("h200", "bf16"): 9658.0, ("h200", "fp8"): 12735.0, ("h200", "nf4"): 5793.0, ("h100", "fp8"): 11644.0
+    ("h200", "bf16"): 9658.0, ("h200", "fp8"): 13652.0, ("h200", "nf4"): 5793.0, ("h100", "fp8"): 11644.0
 }  # fmt: skip
 """Tokens per second of one GPU at 2,048 x 1 without recomputation, from docs/benchmarks.md, by --gpu and
 --base-precision."""
-ATTENTION_SAVES = 1.95e-6
-"""Seconds of a token that --attention-precision fp8 saves, as predicted for H200 in docs/lab_notes/2026-11-speed.md."""
+ATTENTION_SAVES = 3.7e-6
+"""Seconds of a token that --attention-precision fp8 saves on H200, from docs/benchmarks.md."""
 MICRO_BATCHES = (1, 8)
 """Micro batches of each rank in a step, for which the table has columns."""
 
@@ -118,8 +118,6 @@ def show_scaling(config: PlanConfig, workload: Workload, best: Choice) -> None:
         )
         return
     origin = "given" if found.rate_source == "flag" else "measured on one GPU, times the estimated speed of the layout"
-    if found.rate_source != "flag" and config.attention_precision == "fp8":
-        origin += ", with attention in bf16; what fp8 saves is predicted"
     report.say(
         "speed: of a host among them, relative to one alone, by the micro batches of a step; in brackets the limit if "
         "the exchange overlapped the last backward pass"

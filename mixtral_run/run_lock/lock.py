@@ -137,13 +137,14 @@ def _doubts(locks: Sequence[Path]) -> list[Doubt]:
 
 def acquire(lock: Path, command: str, where: Path) -> int:
     """Take a lock and return its descriptor, which `release` wants. Raises ConfigError as `one_run` does."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
     for attempt in range(_ATTEMPTS):
         if attempt:
             time.sleep(_ATTEMPT_SECONDS)
+        # A holder that ends may remove the folder of its work at any time.
+        lock.parent.mkdir(parents=True, exist_ok=True)
         try:
             descriptor, is_new = _open_or_create(lock)
-        except FileExistsError:
+        except (FileExistsError, FileNotFoundError):
             continue
         except PermissionError:
             if not _remove_anothers(lock):

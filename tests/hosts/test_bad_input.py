@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,43 @@ FILES = (
 )
 
 
+CASES: dict[str, list[tuple[dict[str, object], list[str]]]] = {
+    "swap": [
+        ({"swap_size_gib": "many"}, ["swap_size_gib", "float"]),
+        ({"swap_path": "/swapfile"}, ["takes no swap file", "HOST: /swapfile", "next:"]),
+    ],
+    "docker": [
+        ({"docker_state": "gone"}, ["docker_state", "present, absent", "gone"]),
+        (
+            {"docker_repository_key_fingerprint": "9DC858229FC7DD38854AE2D88D81803C0EBFCD88"},
+            ["not the pinned one; nothing was changed", "expected: 9DC858229FC7DD38854AE2D88D81803C0EBFCD88", "next:"],
+        ),
+        ({"docker_repository_key_url": f"{NOWHERE}/gpg"}, ["key cannot be fetched", NOWHERE, "next:"]),
+        ({"docker_repository_url": f"{NOWHERE}/debian"}, ["does not answer", f"{NOWHERE}/debian/dists/", "next:"]),
+    ],
+    "preflight": [
+        ({"preflight_checks": {"gpu": "warn"}}, ["preflight_checks", "gpu: warn", "fabric_manager"]),
+        (
+            {"preflight_free_gib": 90000, "preflight_mirrors": [NOWHERE]},
+            [
+                "HOST is not ready: 5 shortfalls.",
+                "expected 8 GPUs; found 4 GPUs",
+                "expected NVIDIA driver 525 or newer; found driver 470.82.01",
+                "90000 GiB for checkpoints under /srv/checkpoints",
+                f"expected {NOWHERE} answers",
+                "no time service has synchronized it",
+            ],
+        ),
+    ],
+    "image": [
+        ({"image_source": "registry", "image_registry_reference": "a:latest"}, ["names no digest", "next:"]),
+        ({"image_kit_folder": "/nonexistent"}, ["image_kit_folder", "not the package mixtral_run"]),
+    ],
+    "acceptance": [({}, ["not accepted", "HOST", "run the image role"])],
+}
+"""By the role whose tag is run: wrong variables, and words of the message, in which HOST stands for the host's name."""
+
+
 @pytest.fixture(scope="module")
 def inventory_file(docker_engine: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     hosts.reimage(NAME, standin=hosts.StandIn(gpus=4, driver="470.82.01"))
@@ -32,56 +70,35 @@ def inventory_file(docker_engine: None, tmp_path_factory: pytest.TempPathFactory
     hosts.remove(NAME)
 
 
-@pytest.mark.parametrize(
-    ("tags", "variables", "expected"),
-    [
-        ("swap", {"swap_size_gib": "many"}, ["swap_size_gib", "float"]),
-        ("docker", {"docker_state": "gone"}, ["docker_state", "present, absent", "gone"]),
-        ("preflight", {"preflight_checks": {"gpu": "warn"}}, ["preflight_checks", "gpu: warn", "fabric_manager"]),
-        (
-            "docker",
-            {"docker_repository_key_fingerprint": "9DC858229FC7DD38854AE2D88D81803C0EBFCD88"},
-            ["not the pinned one; nothing was changed", "expected: 9DC858229FC7DD38854AE2D88D81803C0EBFCD88", "next:"],
-        ),
-        ("docker", {"docker_repository_key_url": f"{NOWHERE}/gpg"}, ["key cannot be fetched", NOWHERE, "next:"]),
-        (
-            "docker",
-            {"docker_repository_url": f"{NOWHERE}/debian"},
-            ["does not answer", f"{NOWHERE}/debian/dists/", "next:"],
-        ),
-        (
-            "preflight",
-            {"preflight_free_gib": 90000, "preflight_mirrors": [NOWHERE]},
-            [
-                f"{NAME} is not ready: 5 shortfalls.",
-                "expected 8 GPUs; found 4 GPUs",
-                "expected NVIDIA driver 525 or newer; found driver 470.82.01",
-                "90000 GiB for checkpoints under /srv/checkpoints",
-                f"expected {NOWHERE} answers",
-                "no time service has synchronized it",
-            ],
-        ),
-        ("image", {"image_source": "registry", "image_registry_reference": "a:latest"}, ["names no digest", "next:"]),
-        ("image", {"image_kit_folder": "/nonexistent"}, ["image_kit_folder", "not the package mixtral_run"]),
-        ("swap", {"swap_path": "/swapfile"}, ["takes no swap file", f"{NAME}: /swapfile", "next:"]),
-        ("acceptance", {}, ["not accepted", NAME, "run the image role"]),
-    ],
-    ids=lambda value: next(iter(value), "none") if isinstance(value, dict) else None,
-)
-def test_it_is_refused_in_words(inventory_file: Path, tags: str, variables: dict, expected: list) -> None:
+@pytest.mark.parametrize("tag", CASES)
+def test_it_is_refused_in_words(inventory_file: Path, tmp_path: Path, tag: str) -> None:
+    """One play for all cases of a role: the host has one name for each of them in the inventory."""
     host = hosts.find(NAME)
+    fleet = json.loads(inventory_file.read_text())
+    (entry,) = fleet["mixtral_hosts"]["hosts"].values()
+    cases = {f"{NAME}-{number}": case for number, case in enumerate(CASES[tag])}
+    fleet["mixtral_hosts"]["hosts"] = {name: {**entry, **variables} for name, (variables, _) in cases.items()}
+    # The names are one machine's, whose lock only one of them can have.
+    fleet["mixtral_hosts"]["vars"]["mixtral_locked_hosts"] = list(cases)[1:]
+    (tmp_path / "hosts.json").write_text(json.dumps(fleet))
     before = host.shell(FILES)
-    argv = [str(Path(sys.executable).parent / "ansible-playbook"), "-i", str(inventory_file), "playbooks/bootstrap.yml"]
-    argv += ["--tags", tags, "--extra-vars", json.dumps(variables)]
+    playbook = ("-i", str(tmp_path / "hosts.json"), "playbooks/bootstrap.yml", "--tags", tag)
+    argv = [str(Path(sys.executable).parent / "ansible-playbook"), *playbook]
     environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"}
     done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    # Ansible wraps long lines if it assumes a terminal.
-    output = " ".join((done.stdout + done.stderr).split())
-    assert done.returncode == 2, output
-    missing = [words for words in expected if words not in output]
-    assert not missing, f"{missing} not in:\n{done.stdout}"
-    assert f"{NAME} : " in output and "failed=1" in output
+    assert done.returncode == 2, done.stdout + done.stderr
+    for name, (variables, expected) in cases.items():
+        said = message_of(name, done.stdout)
+        missing = [words for words in expected if words.replace("HOST", name) not in said]
+        assert not missing, f"{variables}: {missing} not in:\n{done.stdout}"
     assert host.shell(FILES) == before
+
+
+def message_of(name: str, output: str) -> str:
+    """Return what the play reports of a host at its end, without line breaks: Ansible wraps lines."""
+    last = " ".join(output.partition("PLAY [Report how it ended]")[2].split())
+    assert re.search(rf"{name} : \S+ \S+ \S+ failed=1 ", last), output
+    return re.search(rf"fatal: \[{name}\](.*?)(?:fatal: \[|PLAY RECAP|$)", last)[1]
 
 
 SUDO = "printf 'Defaults requiretty\\nops ALL=(ALL) NOPASSWD: ALL\\n' >/etc/sudoers.d/ops-tty"

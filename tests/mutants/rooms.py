@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import json
 import os
@@ -13,9 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.mutants.left_out import kind_of, places_of
+
 ROOT = Path(__file__).parents[2]
 UNIT = "tests/unit"
-Span = tuple[tuple[int, int], tuple[int, int]]
 
 ROOMS: dict[str, tuple[str, str]] = {
     "mapping": ("mixtral_run/weights/mapping", "weights/mapping weights/load weights/adapter"),
@@ -34,11 +34,14 @@ ROOMS: dict[str, tuple[str, str]] = {
     ),
     "data_cache": (
         "mixtral_run/train/data/cache",
-        "train/data/test_examples.py train/data/test_nothing_in_silence.py train/data/test_sources.py "
-        "train/data/test_token_cache.py train/data/test_tokenize.py",
+        "train/data/cache train/data/test_examples.py train/data/test_nothing_in_silence.py "
+        "train/data/test_sources.py train/data/test_token_cache.py train/data/test_tokenize.py",
     ),
-    "data_check": ("mixtral_run/train/data/check", "train/data/test_check.py train/data/test_preference_records.py"),
-    "data_reading": ("mixtral_run/train/data/reading", "train/data"),
+    "data_check": (
+        "mixtral_run/train/data/check",
+        "train/data/test_check.py train/data/test_check_screen.py train/data/test_preference_records.py",
+    ),
+    "data_reading": ("mixtral_run/train/data/reading", "train/data train/test_preferences.py"),
     "data_templates": ("mixtral_run/train/data/templates", "train/data train/test_example_texts.py"),
     "lr_schedule": ("mixtral_run/train/lr_schedule.py", "train/test_lr_schedule.py"),
     "checkpoints": (
@@ -105,38 +108,19 @@ def sample_of(room: str, copy: Path, number: int, seed: int) -> tuple[list[Mutan
 
 
 def mutants_of(module: Path, copy: Path) -> list[Mutant]:
-    """Return all changes of a module that cosmic-ray knows, without those that change nothing that runs."""
+    """Return all changes of a module that cosmic-ray knows, without those of a kind that is left out."""
     from cosmic_ray.commands.init import _all_work_items
 
-    ignored = _ignored(ast.parse(module.read_text(encoding="utf-8")))
+    places = places_of(module.read_text(encoding="utf-8"))
     found = []
     for item in _all_work_items([module], {}):
         (change,) = item.mutations
-        if any(first <= change.start_pos < last for first, last in ignored):
+        if kind_of(places, change.start_pos, change.operator_name) is not None:
             continue
         name = str(module.relative_to(copy))
         arguments = json.dumps(change.operator_args)
         found.append(Mutant(name, change.operator_name, change.occurrence, change.start_pos[0], arguments))
     return found
-
-
-def _ignored(tree: ast.Module) -> list[Span]:
-    """Return the places of annotations, which are not evaluated, of decorators of dataclasses, and of assertions."""
-    places: list[ast.AST] = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.AnnAssign | ast.arg) and node.annotation is not None:
-            places.append(node.annotation)
-        elif isinstance(node, ast.FunctionDef) and node.returns is not None:
-            places.append(node.returns)
-        elif isinstance(node, ast.ClassDef):
-            places += node.decorator_list
-        elif isinstance(node, ast.Assert) or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
-            places.append(node)
-    # cosmic-ray counts the @ as part of a decorator.
-    return [
-        ((each.lineno, each.col_offset - 1), (each.end_lineno, each.end_col_offset))  # type: ignore[attr-defined]
-        for each in places
-    ]
 
 
 @contextlib.contextmanager

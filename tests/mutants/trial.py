@@ -190,7 +190,8 @@ def _limits(room: Room, names: Sequence[str]) -> tuple[float, int]:
 def _in_warm(room: Room, names: Sequence[str], change: Change | None) -> tuple[str | None, bool]:
     """Run tests in a fork of the collected pytest. Return None if the change cannot be made there."""
     seconds, cpu_seconds = _limits(room, names)
-    text, late = in_fork(lambda: room.server.first_failure(names, change), room.folder, seconds, cpu_seconds)
+    alone = room.baseline.seconds
+    text, late = in_fork(lambda: room.server.first_failure(names, change, alone), room.folder, seconds, cpu_seconds)
     return ("the process ended" if text is None else json.loads(text)), late
 
 

@@ -15,7 +15,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -151,21 +151,30 @@ class Server:
             return True
         return exchange_values(path, line, before)
 
-    def run(self, names: Sequence[str], plugin: Recorder | FirstFailure) -> None:
-        """Run tests in this process, until the first fails if the plugin is a FirstFailure."""
+    def run(
+        self, names: Sequence[str], plugin: Recorder | FirstFailure, seconds: Mapping[str, float] | None = None
+    ) -> None:
+        """Run tests in this process, until the first fails if the plugin is a FirstFailure.
+
+        seconds: that each test takes without a change. A change that makes one endless is noticed by that test's limit.
+        """
         self.session.config.pluginmanager.register(plugin)
         items = [self.items[each] for each in names]
         for item, after in zip(items, [*items[1:], None], strict=True):
+            if seconds is not None:
+                limit_cpu(10 + 3 * seconds[item.nodeid])
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=after)
             if isinstance(plugin, FirstFailure) and plugin.failed:
                 break
 
-    def first_failure(self, names: Sequence[str], change: Change | None = None) -> str | None:
+    def first_failure(
+        self, names: Sequence[str], change: Change | None = None, seconds: Mapping[str, float] | None = None
+    ) -> str | None:
         """Run tests in this process, with a change of a file. Return None if it cannot be made in this process."""
         if change is not None and not self._made(change):
             return None
         plugin = FirstFailure()
-        self.run(names, plugin)
+        self.run(names, plugin, seconds)
         return plugin.failed
 
 
@@ -218,6 +227,14 @@ def in_fork(work: Callable[[], object], folder: Path, seconds: float, cpu_second
     late |= os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU
     whole = os.waitstatus_to_exitcode(status) == 0 and answer.is_file()
     return answer.read_text(encoding="utf-8") if whole else None, late
+
+
+def limit_cpu(more_seconds: float) -> None:
+    """Let SIGXCPU end this process when it has used more processor time than now by so much, or its own limit."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    _, most = resource.getrlimit(resource.RLIMIT_CPU)
+    wanted = int(used.ru_utime + used.ru_stime + more_seconds) + 1
+    resource.setrlimit(resource.RLIMIT_CPU, (wanted if most == resource.RLIM_INFINITY else min(wanted, most), most))
 
 
 def _limit(cpu_seconds: int) -> None:

@@ -33,6 +33,11 @@ TRAINING = (
     "--lora-dropout", "0.1",
 )  # fmt: skip
 MOST_KILLS_IN_A_TRIAL = 4
+LAST_WAITED_FOR = 12
+"""Iteration of the last checkpoint that a kill waits for: twelve iterations are left then."""
+SHARE_AFTER_CHECKPOINT = 0.02
+MOST_AFTER_KILL = 4
+"""Iterations that may come between the look at the checkpoints and the death of all processes."""
 SECONDS_TO_END = 10
 """Time in which the processes of a killed job have to be gone."""
 
@@ -52,11 +57,12 @@ def new_interpreter(words: Sequence[str]) -> subprocess.Popen[str]:
 
 @dataclass
 class Kills:
-    """Result of the trials of one verb. in_saves: kills that cut off a checkpoint."""
+    """Result of the trials of one verb. in_saves: kills that cut off a checkpoint. resumes: starts with --resume."""
 
     name: str
     trials: int = 0
     kills: int = 0
+    resumes: int = 0
     in_saves: int = 0
     problems: tuple[str, ...] = ()
 
@@ -92,7 +98,7 @@ def kill_conversions(
 
 
 def kill_trainings(folder: Path, count: int, deadline: float, number: int = 0, start: Start = new_interpreter) -> Kills:
-    """Kill `finetune` at least `count` times and resume it; adapter and metrics must be those of an undisturbed run."""
+    """Kill `finetune` at least `count` times and resume it; the result must be that of an undisturbed run."""
     model, whole, save = folder / "model", folder / "whole", folder / "save"
     if not model.exists():
         raise ValueError("kill_conversions writes the model")
@@ -101,7 +107,7 @@ def kill_trainings(folder: Path, count: int, deadline: float, number: int = 0, s
     seconds = _run(start, [*words, str(whole)])
     expected, metrics = _adapter(whole), _losses(whole)
     found, draw = Kills("finetune"), random.Random(number)
-    while found.kills < count and time.monotonic() < deadline:
+    while (found.kills < count or not found.resumes) and time.monotonic() < deadline:
 
         def more() -> list[str] | None:
             if any(save.glob("iter_*")):
@@ -130,7 +136,7 @@ def _until_done(
     """Run the command until it ends by itself, killing it at random times before; return the number of kills.
 
     more: returns further arguments for the next start, or None if a killed process had finished its work. save: the
-    folder of a training.
+    folder of a training: a kill of its launcher alone comes after a checkpoint, however long the start takes.
     """
     found.trials += 1
     kills = 0
@@ -139,25 +145,47 @@ def _until_done(
         if arguments is None:
             return kills
         process = start([*words, *arguments])
+        found.resumes += "--resume" in arguments
         limit = draw.uniform(0.05, 1.0) * seconds if kills < MOST_KILLS_IN_A_TRIAL else 20 * seconds
+        if save is not None and kills % 2:
+            _wait_for_checkpoint(process, save, draw.randint(1, LAST_WAITED_FOR))
+            limit *= SHARE_AFTER_CHECKPOINT
         try:
             output = process.communicate(timeout=limit)[0]
         except subprocess.TimeoutExpired:
             if kills == MOST_KILLS_IN_A_TRIAL:
                 raise
             # Alternately the launcher alone, which takes its processes along, and all at once, as a power cut does.
+            newest = _newest(save)
             (os.kill if kills % 2 else os.killpg)(process.pid, signal.SIGKILL)
-            process.communicate()
+            process.wait()
             kills += 1
             found.in_saves += save is not None and any(save.glob(".iter_*.partial"))
             if not _is_gone(process.pid):
                 found.problems += (f"trial {found.trials}: processes live {SECONDS_TO_END} s after their launcher",)
                 os.killpg(process.pid, signal.SIGKILL)
+            if _newest(save) > newest + MOST_AFTER_KILL:
+                found.problems += (f"trial {found.trials}: the training went on after its launcher was killed",)
+            # Processes that live on hold the other end of its output.
+            process.communicate()
             continue
         if process.returncode:
             last = output.strip()[-500:]
             found.problems += (f"trial {found.trials}: exit code {process.returncode} after {kills} kills: {last}",)
         return kills
+
+
+def _wait_for_checkpoint(process: subprocess.Popen[str], save: Path, iteration: int) -> None:
+    """Wait until a checkpoint of this iteration or a later one is there, a new one, or the process has ended."""
+    wanted = max(iteration, _newest(save) + 1)
+    while process.poll() is None and _newest(save) < wanted:
+        time.sleep(0.005)
+
+
+def _newest(save: Path | None) -> int:
+    """Return the iteration of the newest checkpoint; 0 without one."""
+    names = [] if save is None else [entry.name for entry in save.glob("iter_*")]
+    return int(max(names).removeprefix("iter_")) if names else 0
 
 
 def _run(start: Start, words: Sequence[str]) -> float:

@@ -83,6 +83,24 @@ def test_a_convert_or_export_into_the_same_folder_is_refused(tmp_path: Path) -> 
             process.kill()
 
 
+def test_a_folder_that_its_holder_removes_before_its_lock_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where several processes convert into one folder at once."""
+    work, opened = tmp_path / "work", lock_module._open_or_create
+    ends = [work.rmdir]
+
+    def late(lock: Path) -> tuple[int, bool]:
+        if ends:
+            ends.pop()()
+        return opened(lock)
+
+    monkeypatch.setattr(lock_module, "_open_or_create", late)
+    descriptor = acquire(work / LOCK_NAME, "mixtral-run convert", tmp_path)
+    assert not ends and holder_of(work / LOCK_NAME) is not None
+    lock_module.release(work / LOCK_NAME, descriptor)
+
+
 def test_what_a_publication_leaves_behind_has_no_lock(tmp_path: Path) -> None:
     output = tmp_path / "base"
     for content in ("one", "two"):

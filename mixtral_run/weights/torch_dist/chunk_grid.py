@@ -32,10 +32,10 @@ def are_disjoint_within(shape: tuple[int, ...], boxes: Sequence[Box]) -> bool:
     filled = [box for box in boxes if 0 not in box[1]]
     if len(filled) < 2:
         return True
-    # Chunks are compared along the axis with the most cuts, where the fewest lie next to each other.
-    axis = max(range(len(shape)), key=lambda each: len({offset[each] for offset, _ in filled}), default=0)
     if not shape:
         return False
+    # Chunks are compared along the axis with the most cuts, where the fewest lie next to each other.
+    axis = max(range(len(shape)), key=lambda each: len({offset[each] for offset, _ in filled}))
     near: list[Box] = []
     comparisons = 0
     for box in sorted(filled, key=lambda each: each[0][axis]):

@@ -28,11 +28,10 @@ from mixtral_run.fleet.testhosts.kit_image import (
     fill_wheelhouse,
     image_archive,
 )
-from mixtral_run.fleet.testhosts.shell import call, pipe
+from mixtral_run.fleet.testhosts.shell import call
 from mixtral_run.trial.random_mixtral import write_random_mixtral
 from mixtral_run.trial.sizes import PLAN, tokenizer_texts, write_rehearsal_examples
 from tests.hosts.end_to_end.fleet import (
-    CHECKPOINTS,
     JOB,
     LAYOUT,
     MODELS,
@@ -101,15 +100,20 @@ def bootstrapped(operator: Operator, fleet: Fleet) -> dict[str, int]:
     return changed_hosts(operator.run("bootstrap", *map(fleet.target, NAMES), *SETTINGS))
 
 
+def put_model(operator: Operator, name: str) -> None:
+    """Put the HF model into the folder of models on a host."""
+    container = targets.container_name(name)
+    call("docker", "exec", container, "mkdir", "-p", MODELS)
+    call("docker", "cp", "--quiet", operator.folder / "hf-model", f"{container}:{MODELS}/tiny")
+
+
 @pytest.fixture(scope="package")
 def up(operator: Operator, fleet: Fleet, bootstrapped: dict[str, int]) -> Callable[..., str]:
     """Return a function that calls `up` for the first host with further arguments.
 
     The first call finds the host set up, with the model's weights.
     """
-    container = targets.container_name(NAMES[0])
-    call("docker", "exec", container, "mkdir", "-p", MODELS)
-    call("docker", "cp", "--quiet", operator.folder / "hf-model", f"{container}:{MODELS}/tiny")
+    put_model(operator, NAMES[0])
     words = (
         "up", fleet.target(NAMES[0]), *JOB, *SETTINGS, "--hf-model-path", f"{MODELS}/tiny", "--load", "base",
         "--save", "adapter", "--output-path", "my adapter", *LAYOUT,
@@ -124,9 +128,12 @@ def brought_up(up: Callable[..., str]) -> str:
 
 
 @pytest.fixture(scope="package")
-def set_up(fleet: Fleet, brought_up: str) -> Callable[[str], str]:
-    """Return a function that gives a host's name for --on. Both hosts have a converted model, the first an adapter."""
-    first, second = (["docker", "exec", "--interactive", targets.container_name(name), "tar"] for name in NAMES)
-    # tar keeps owners and modes; `docker cp` gives the files to root.
-    pipe([*first, "-C", CHECKPOINTS, "-c", "base"], [*second, "-C", CHECKPOINTS, "--numeric-owner", "-xp"])
+def set_up(operator: Operator, fleet: Fleet, brought_up: str) -> Callable[[str], str]:
+    """Return a function that gives a host's name for --on. Both hosts have a converted model, the first an adapter.
+
+    `up` has converted on the first host; `convert --on` converts on the second.
+    """
+    put_model(operator, NAMES[1])
+    words = ("--hf-model-path", f"{MODELS}/tiny", "--output-path", "base", *LAYOUT[:4])
+    operator.run("convert", "--on", fleet.target(NAMES[1]), *JOB, *words)
     return fleet.target

@@ -86,12 +86,14 @@ class Fleet:
     bare: dict[str, set[str]] = field(default_factory=dict)
     """Packages and files of the second host before anything was done to it."""
 
-    def install(self, name: str) -> None:
-        """Install a host anew. Its disk holds the base image of builds, so that no registry is needed.
+    def install(self, name: str, *, with_layers: bool = True) -> None:
+        """Install a host anew. Its data disk stays as it is.
 
-        Its data disk stays as it is.
+        with_layers: its disk holds the base image of builds, so that no registry is needed, and the layers below the
+        kit's. Otherwise it is empty.
         """
-        self.hosts[name] = targets.reimage(name, disk=with_images("bookworm"), data_disk=self.data_disk(name))
+        disk = with_images("bookworm") if with_layers else None
+        self.hosts[name] = targets.reimage(name, disk=disk, data_disk=self.data_disk(name))
         if name == NAMES[1]:
             self.bare[name] = snapshot(self.hosts[name])
 

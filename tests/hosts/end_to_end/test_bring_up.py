@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import pytest
+from packaging.requirements import Requirement
 
+from mixtral_run.fleet.testhosts.kit_image import LOCK, REQUIREMENTS
 from tests.hosts.end_to_end.fleet import IMAGE, MODELS, NAMES, SETTINGS, Fleet, Operator, changed_hosts
 
 pytestmark = pytest.mark.timeout(1800)
@@ -28,6 +31,19 @@ def test_two_bare_hosts_are_set_up_by_one_command(fleet: Fleet, bootstrapped: di
     label = '{{ with .Config.Labels }}{{ index . "org.mixtral-run.inputs" }}{{ end }}'
     labels = [host.run("docker", "image", "inspect", IMAGE, "--format", label).strip() for host in fleet.hosts.values()]
     assert [len(each) for each in labels] == [64, 0]
+
+
+def test_the_image_has_all_locked_packages_and_no_others(fleet: Fleet, bootstrapped: dict[str, int]) -> None:
+    """The bill of materials lists what is installed; the role's lock names what must be."""
+    show = f"docker run --rm --network none --entrypoint cat {IMAGE} /opt/mixtral-run/sbom.cdx.json"
+    components = json.loads(fleet.hosts[NAMES[0]].shell(show))["components"]
+    found = {each["name"]: each["version"] for each in components if each.get("purl", "").startswith("pkg:pypi/")}
+    torch, _ = found.pop("torch"), found.pop("pip")
+    assert f"torch=={torch.partition('+')[0]}" in REQUIREMENTS.read_text().splitlines()
+    lines = LOCK.read_text().replace("\\\n", "").splitlines()
+    locked = [Requirement(line.partition(" --hash=")[0]) for line in lines if not line.startswith("#")]
+    here = [each for each in locked if each.marker is None or each.marker.evaluate()]
+    assert found == {each.name: str(each.specifier).removeprefix("==") for each in here}
 
 
 def test_up_makes_an_adapter(operator: Operator, fleet: Fleet, brought_up: str) -> None:

@@ -34,6 +34,18 @@ from tests.support.servers.hub_server import COMMIT, NAME, serving
 pytestmark = pytest.mark.timeout(1800)
 
 
+def test_convert_on_a_host_writes_what_up_has_written(fleet: Fleet, set_up: Callable[[str], str]) -> None:
+    """The same bytes, owners and modes on the second host, by `convert --on`, as on the first, by `up`."""
+    for name in NAMES:
+        set_up(name)
+    script = (
+        f"cd {CHECKPOINTS} && find base -printf '%p %U:%G %m\\n' | sort && "
+        "find base -name '*.distcp' | sort | xargs sha256sum"
+    )
+    first, second = (fleet.hosts[name].shell(script) for name in NAMES)
+    assert first == second and first.count(".distcp") >= 4
+
+
 def test_the_adapter_answers_in_json(operator: Operator, set_up: Callable[[str], str]) -> None:
     instruction = 'Say "it\'s $(one)".'
     done = operator.call(

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import tarfile
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from mixtral_run.fleet.testhosts import hosts as targets
+from mixtral_run.fleet.testhosts.kit_image import ARCHIVE_ON_HOST, image_archive
 from mixtral_run.fleet.testhosts.shell import call
 from tests.hosts.end_to_end.fleet import (
     CHECKPOINTS,
+    IMAGE,
     JOB,
     LAYOUT,
     NAMES,
@@ -86,6 +90,15 @@ def test_a_job_comes_back_after_a_kill_and_a_power_cut(cut_off: list[float], und
     assert cut_off == undisturbed[: len(cut_off)]
 
 
+def image_in(archive: Path) -> list[str]:
+    """Return the ID of the image in an archive and its number of layers. The ID covers the hashes of all layers."""
+    with tarfile.open(archive) as saved:
+        manifest = saved.extractfile("manifest.json")
+        assert manifest is not None
+        (image,) = json.load(manifest)
+    return [f"sha256:{Path(image['Config']).stem}", str(len(image["Layers"]))]
+
+
 def test_after_a_reimage_one_host_changes_and_the_job_ends_as_if_nothing_had_happened(
     operator: Operator, fleet: Fleet, cut_off: list[float], undisturbed: list[float]
 ) -> None:
@@ -101,7 +114,10 @@ def test_after_a_reimage_one_host_changes_and_the_job_ends_as_if_nothing_had_hap
     ):
         assert word in page.read_text()
     # The host has the same name, a new key, an empty disk, and a new port, which the engine assigns to each container.
-    fleet.install(second)
+    # The archive is 1.9 GB with all layers now; at first the host's disk had all but the kit's.
+    fleet.install(second, with_layers=False)
+    variables = operator.folder / "variables.json"
+    variables.write_text(json.dumps(json.loads(variables.read_text()) | {"image_archive": ARCHIVE_ON_HOST}))
     moved = fleet.target(second)
     words = ("bootstrap", fleet.target(first), moved, *SETTINGS)
     for point in POINTS:
@@ -109,6 +125,8 @@ def test_after_a_reimage_one_host_changes_and_the_job_ends_as_if_nothing_had_hap
     changed = changed_hosts(operator.run(*words))
     assert changed[fleet.target(first).split("@")[1]] == 0
     assert changed[moved.split("@")[1]] > 0
+    inspect = ("docker", "image", "inspect", IMAGE, "--format", "{{.Id}} {{len .RootFS.Layers}}")
+    assert fleet.hosts[second].run(*inspect).split() == image_in(image_archive())
     statuses = json.loads(operator.run("status", fleet.target(first), moved, "--json"))
     assert [status["reimaged"] for status in statuses] == [False, False]
     assert [bool(status["image"]) for status in statuses] == [True, True]

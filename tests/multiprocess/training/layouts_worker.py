@@ -1,8 +1,6 @@
 """Run under torchrun: logits, losses and a resumed run of one checkpoint in several layouts, written as JSON.
 
-torchrun … layouts_worker.py CHECKPOINT OUT.json TPxEP[:plain] [TPxEP …]
-
-A plain layout has no runs with recomputation, all-gather dispatch, dropout or other sizes of chunks and micro batches.
+torchrun … layouts_worker.py CHECKPOINT OUT.json TPxEP [TPxEP …]
 """
 
 from __future__ import annotations
@@ -206,7 +204,6 @@ def packed_and_alone(model: MixtralModel, given: AllGatherDispatcher | None = No
 
 
 def run_layout(checkpoint: Path, out: Path, layout: str, saved_elsewhere: Path | None) -> dict[str, object]:
-    layout, _, which = layout.partition(":")
     config = config_of(checkpoint, out, layout)
     results: dict[str, Any] = {}
     num_experts = describe_base(checkpoint).architecture.num_experts
@@ -232,9 +229,9 @@ def run_layout(checkpoint: Path, out: Path, layout: str, saved_elsewhere: Path |
             results["unlimited"] = apart_where_all_have_room(run["model"])
             dispatcher = all_gather(mesh, num_experts, unlimited=True)
             results["packed, gathered"] = packed_and_alone(run["model"], dispatcher)
-        if which == "plain":
-            return results
-        of_layout = functools.partial(config_of, checkpoint, out, layout)
+        # Half of this rank's rows at once: a step still adds up micro batches, and exchanges tokens less often.
+        half = max(1, config.global_batch_size // mesh.data_size // 2)
+        of_layout = functools.partial(config_of, checkpoint, out, layout, micro_batch_size=half)
         add_variants(results, of_layout, mesh)
         if mesh.expert_size > 1:
             add_gathered(results, of_layout, mesh, num_experts)
@@ -277,8 +274,7 @@ def add_variants(results: dict[str, Any], of_layout: Callable[..., FinetuneConfi
         results["dropout"][mode] = train(of_layout(recompute=mode, lora_dropout=0.3), mesh, 0, 2)["figures"]
     for name, mode in (("recomputed", "full"), ("selective", "selective"), ("offload", "offload")):
         results[f"full_within_{name}"] = pretrain(of_layout(recompute=mode), mesh, within=True)
-    if 8 // mesh.data_size >= 2:
-        results["micro_batch_2"] = train(of_layout(micro_batch_size=2), mesh, 0, 2)["figures"]
+    results["whole_batch"] = train(of_layout(micro_batch_size=8 // mesh.data_size), mesh, 0, 2)["figures"]
 
 
 def add_gathered(
@@ -310,9 +306,8 @@ def main(run: Callable[[Path, Path, str, Path | None], object] = run_layout) -> 
     # Every run loads the same base, which no run writes.
     with patch.object(checkpoint_reader, "read_metadata", functools.cache(checkpoint_reader.read_metadata)):
         for layout in layouts:
-            name = layout.partition(":")[0]
-            folder = out.with_name(f"{out.stem}-{name}")
-            results[name] = run(checkpoint, folder, layout, saved)
+            folder = out.with_name(f"{out.stem}-{layout}")
+            results[layout] = run(checkpoint, folder, layout, saved)
             saved = saved or folder
     if torch.distributed.get_rank() == 0:
         out.write_text(json.dumps(results))

@@ -45,11 +45,6 @@ log = logging.getLogger(__name__)
 Stored = tuple[torch.dtype, tuple[int, ...]]
 
 
-SHORT_SUM, MANY_ROWS = 4096, 384
-"""Up to this length of the sum and from so many rows an expert on, Triton's tiles are 4 % faster than our own product:
-their results are stored beside the next products, and few rows are wasted (docs/lab_notes/2026-11-speed.md).
-"""
-
 KEPT_AS = {"fp8": 1, "nf4": 1}
 """Version of the numbers that `quantize_to` returns. Files store them: raise it whenever the numbers change."""
 
@@ -296,14 +291,11 @@ def scaled_product(
     """
     from mixtral_run.model.kernels.quantized.quantized_mm_triton import fits_tiles, tiled_product
 
-    experts, width, depth = matrices.shape
-    tiles = fits_tiles(matrices)
-    prefers_tiles = tiles and depth <= SHORT_SUM and small.shape[0] >= MANY_ROWS * experts
-    if not prefers_tiles and _takes_own_product(matrices, width, depth):
+    if _takes_own_product(matrices, *matrices.shape[1:]):
         from mixtral_run.model.kernels import hopper_grouped_mm
 
         return hopper_grouped_mm.scaled_product(small, matrices, row_scales, scales, offsets, transposed=True)
-    if tiles:
+    if fits_tiles(matrices):
         return tiled_product(small, matrices, row_scales, scales, offsets)
     if scales is None:
         scales = torch.ones(matrices.shape[:2], device=matrices.device)

@@ -95,7 +95,7 @@ class TokenArrays:
 
     def release(self) -> None:
         """Unmap the pages of the tokens' file that were read; the next access maps them again."""
-        if self.mapped is not None and hasattr(self.mapped, "madvise"):
+        if self.mapped is not None:
             import mmap
 
             self.mapped.madvise(mmap.MADV_DONTNEED)

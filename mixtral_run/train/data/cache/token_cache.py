@@ -139,15 +139,21 @@ def open_cache(folder: Path, *, verify: bool) -> TokenCache:
         arrays = {name: np.frombuffer(mapped[name] or b"", DTYPES[name]) for name in DTYPES}
         _check_offsets(arrays)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        found = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
-        raise DamagedCacheError("A token cache is damaged.", where=str(folder), found=found[:200]) from error
+        raise DamagedCacheError("A token cache is damaged.", where=str(folder), found=_reason(error)) from error
     tokens = mapped["tokens"]
-    if tokens is not None and hasattr(tokens, "madvise"):
+    if tokens is not None:
         # Rows are read in random order; reading ahead would only displace other pages.
         tokens.madvise(mmap.MADV_RANDOM)
     content = TokenArrays(**arrays | {"spans": arrays["spans"].reshape(-1, 2)}, highest_id=highest_id, mapped=tokens)
     identity = f"{folder.name}-{crc32(json.dumps([counts, sums]).encode()):08x}"
     return TokenCache(folder, content, notes, identity, folder_bytes(folder), in_use)
+
+
+def _reason(error: Exception) -> str:
+    """Return why a cache cannot be read. Of a file only the name: a path could fill the whole line."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{Path(error.filename).name}: {error.strerror}"
+    return (str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}")[:200]
 
 
 def _sum_of(description: Mapping[str, Any]) -> int:

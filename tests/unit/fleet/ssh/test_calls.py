@@ -268,7 +268,7 @@ def test_hosts_are_asked_side_by_side_and_answer_in_order(ssh: Ssh, monkeypatch:
     assert connection.MAX_PARALLEL == 64 and connection.RETRY_SECONDS == (1.0, 2.0, 4.0)
 
 
-SETTINGS = b"hostname 10.0.0.9\nport 2222\nidentityfile ~/.ssh/id_x\nidentityfile /keys/other\n"
+SETTINGS = b"hostname 10.0.0.9\nport 2222\nidentityfile ~/.ssh/id_x\nidentityfile /keys/the other one\n"
 
 
 def test_the_name_of_a_recorded_key(started: Any, ssh: Ssh) -> None:
@@ -319,7 +319,7 @@ def test_the_key_that_is_installed(started: Any, ssh: Ssh, tmp_path: Path, monke
         started(lambda: Process(SETTINGS), answer)
         with pytest.raises(HostError) as caught:
             ssh.public_key(HOST)
-        assert caught.value.expected == "one of ~/.ssh/id_x.pub, /keys/other.pub"
+        assert caught.value.expected == "one of ~/.ssh/id_x.pub, /keys/the other one.pub"
     (tmp_path / ".ssh").mkdir()
     (tmp_path / ".ssh" / "id_x.pub").write_text("ssh-ed25519 file\n")
     started(lambda: Process(SETTINGS))

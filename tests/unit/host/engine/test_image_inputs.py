@@ -11,6 +11,7 @@ import pytest
 from ansible.module_utils.mixtral_run_host.commands import Result
 from ansible.module_utils.mixtral_run_host.engine import image_inputs
 
+from mixtral_run.fleet.testhosts import kit_image
 from tests.unit.host.conftest import ROOT, call_module, load_action, load_module
 
 MODULE = load_module("kit_image")
@@ -182,6 +183,39 @@ def test_the_context_has_the_locks_unless_the_packages_are_somebody_elses() -> N
         assert action._locks(context) == {} and "locks/README.txt" in context
     text = b"# lock\ntorch==2.13.0+cu126 \\\n    --hash=sha256:0\n"
     assert action._locks({"locks/cu126.txt": text, "locks/README.txt": b""}) == {"cu126": True}
+
+
+def test_the_build_that_installs_all_packages_has_the_inputs_of_a_build_by_the_role(
+    engine: Engine, build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The image below the kit of test hosts is the one that is built from all wheels; a role's build starts from it."""
+    seen: dict[str, bytes] = {}
+    given: dict[str, str] = {}
+
+    def call(*argv: object, **_: object) -> str:
+        if argv[1] == "build":
+            folder = Path(str(argv[-1]))
+            seen.update(
+                {str(each.relative_to(folder)): each.read_bytes() for each in folder.rglob("*") if each.is_file()}
+            )
+            given.update(str(word).split("=", 1) for place, word in enumerate(argv) if argv[place - 1] == "--build-arg")
+        return ""
+
+    (tmp_path / "wheels").mkdir()
+    (tmp_path / "wheels/kit.whl").touch()
+    for name, value in (("call", call), ("host_image", str), ("fill_wheelhouse", lambda: tmp_path / "wheels")):
+        monkeypatch.setattr(kit_image, name, value)
+    kit_image._build_dependencies("below", kit_image._halves_of_dockerfile()[0])
+    action = load_action("kit_image")
+    local = {"files_folder": str(ROOT / "roles/image/files"), "kit_folder": str(ROOT / "mixtral_run"), "ca_bundle": ""}
+    wheels = {"wheelhouse": str(tmp_path / "wheels"), "wheelhouse_on_host": False}
+    context = action._context({**local, "requirements": [], "require_hashes": True}, wheels)
+    build(locks=action._locks(context))
+    assert given["LOCKS"] == engine.arguments()["LOCKS"] == "common"
+    assert seen["locks/common.txt"] == context["locks/common.txt"]
+    assert seen["requirements.txt"] == context["requirements.txt"].partition(b"\n")[2]  # all but its comment
+    assert seen["wheelhouse/kit.whl"] == b"" and context["wheelhouse/kit.whl"] == tmp_path / "wheels/kit.whl"
+    assert context["Dockerfile"].startswith(seen["Dockerfile"]) and b"pip install" in seen["Dockerfile"]
 
 
 def test_an_archive_is_loaded_if_it_is_the_file_that_the_digest_names(

@@ -163,3 +163,21 @@ def test_a_module_in_use_is_named_with_its_users(tmp_path: Path) -> None:
 )
 def test_what_to_do_about_a_module_that_does_not_load(why: str, words: str) -> None:
     assert words in driver_load.next_step(why)
+
+
+@pytest.mark.parametrize(
+    ("answers", "code", "why", "calls"),
+    [
+        ([False], 0, "", ["nvidia", "nvidia-uvm", "nvidia-modeset"]),
+        ([True, False], 0, "", ["--remove nouveau", "nvidia", "nvidia-uvm", "nvidia-modeset"]),
+        ([True, True], 0, "nouveau holds the GPUs: last", ["--remove nouveau"]),
+        ([False], 1, "module: first; last", ["nvidia"]),
+    ],
+)
+def test_nouveau_gives_way_to_the_driver(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch, answers: list[bool], code: int, why: str, calls: list[str]
+) -> None:
+    kernel.programs.put("modprobe", f"printf 'first\\nlast\\n' >&2; exit {code}")
+    monkeypatch.setattr(driver_load.driver_parts, "nouveau_loaded", lambda: answers.pop(0))
+    found = driver_load.load("module")
+    assert found.replace("\n", "; ") == why and kernel.programs.calls() == [f"modprobe {each}" for each in calls]

@@ -140,20 +140,18 @@ def test_lines_of_iterations_that_come_again(tmp_path: Path, capsys: pytest.Capt
         lines(1, 2, 3) + '{"iteration": "2"}\n[1]\nno JSON\n{"iteration": 2.0}\n' + lines(1)[:-1]
     )
     (tmp_path / "router.jsonl").write_text(lines(1, 2, 3))
-    (tmp_path / "evaluations.jsonl").write_text(lines(1, 2, 3))
+    (tmp_path / "validation.jsonl").write_text(lines(1, 2, 3))
     found = run_folder.growing_files(tmp_path)
     content = (tmp_path / "router.jsonl").read_bytes()
     assert found["router.jsonl"] == FilePrefix(len(content), f"{zlib.crc32(content):08x}")
-    names = set(found)
+    assert set(found) == {"metrics.jsonl", "router.jsonl", "validation.jsonl"}
     written = {"router.jsonl": FilePrefix(len(lines(1, 2)), f"{zlib.crc32(lines(1, 2).encode()):08x}")}
     run_folder.drop_later_lines(tmp_path, 2, written, Report())
     assert "".join(capsys.readouterr()) == ""
     assert (tmp_path / "metrics.jsonl").read_text() == lines(1, 2)
     assert (tmp_path / "router.jsonl").read_text() == lines(1, 2)
-    evaluations = [name for name in names if name not in ("metrics.jsonl", "router.jsonl")]
-    for name in evaluations:
-        # The evaluation of the iteration itself is repeated.
-        assert (tmp_path / name).read_text() == lines(1)
+    # The evaluation of the iteration itself is repeated.
+    assert (tmp_path / "validation.jsonl").read_text() == lines(1)
     for prefix in (FilePrefix(1000, written["router.jsonl"].crc32), FilePrefix(len(lines(1, 2)), "00000000")):
         run_folder.drop_later_lines(tmp_path, 2, {"router.jsonl": prefix}, Report())
         assert "is not what was written up to iteration 2" in " ".join("".join(capsys.readouterr()).split())

@@ -54,6 +54,26 @@ def test_a_part_across_chunks_gets_its_own_elements(tmp_path: Path) -> None:
     assert target.data.tolist() == [[[16.0, 17.0], [19.0, 20.0]]]
 
 
+def test_a_vector_in_two_chunks_has_no_layers(tmp_path: Path) -> None:
+    chunks: Chunks = [((0,), (3,)), ((3,), (4,))]
+    target = part("decoder.final_layernorm.weight", (1,), (5,))
+    fill(checkpoint(tmp_path, target.key, (7,), chunks), [target], workers=1)
+    assert target.data.tolist() == [1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+def test_chunks_of_experts_in_several_layers(tmp_path: Path) -> None:
+    """Layers 0 and 1 in one chunk, layer 2 in another, each cut after expert 2: the part has experts 1 to 4."""
+    chunks: Chunks = [
+        ((first, expert, 0, 0), (layers, 3, 2, 2)) for first, layers in ((0, 2), (2, 1)) for expert in (0, 3)
+    ]
+    for layer in (1, 2):
+        target = part("decoder.layers.mlp.experts.experts.linear_fc1.weight", (layer, 1, 1, 0), (1, 4, 1, 2))
+        fill(checkpoint(tmp_path, target.key, (3, 6, 2, 2), chunks), [target], workers=1)
+        # Element (l, e, r, c) is 24 · l + 4 · e + 2 · r + c.
+        expected = [24.0 * layer + 4 * expert + 2 + column for expert in range(1, 5) for column in (0, 1)]
+        assert target.data.flatten().tolist() == expected
+
+
 def test_chunks_of_several_layers_and_cut_columns_are_read(tmp_path: Path) -> None:
     chunks: Chunks = [((0, 0, 0), (2, 4, 1)), ((0, 0, 1), (2, 4, 2))]
     target = part(KEY, (1, 3, 0), (1, 1, 3))

@@ -50,6 +50,8 @@ def test_what_megatron_lm_takes_from_a_checkpoint(tmp_path: Path) -> None:
     padded = megatron_args(TINY, "bfloat16", 3, 1)
     assert (padded["padded_vocab_size"], padded["make_vocab_size_divisible_by"]) == (384, 128)
     assert (padded["bf16"], padded["fp16"], padded["params_dtype"]) == (True, False, torch.bfloat16)
+    whole = megatron_args(TINY, "float32", 1, 1)
+    assert (whole["bf16"], whole["fp16"], whole["params_dtype"]) == (False, False, torch.float32)
     write_common(tmp_path, TINY, "float16", 2, 3, 7)
     state = torch.load(tmp_path / "common.pt", weights_only=False)
     assert (vars(state["args"]), state["checkpoint_version"], state["iteration"]) == (args, 3.0, 7)
@@ -78,7 +80,10 @@ def test_what_megatron_bridge_takes_from_a_checkpoint(tmp_path: Path) -> None:
         "sequence_parallel": True,
     }  # fmt: skip
     write_run_config(tmp_path, TINY, "bfloat16", 2, 3)
-    assert yaml.safe_load((tmp_path / "run_config.yaml").read_text()) == {"model": expected}
+    written = yaml.safe_load((tmp_path / "run_config.yaml").read_text())
+    assert written == {"model": expected}
+    # In the order in which a reader looks for them.
+    assert list(written["model"])[:3] == ["_target_", "num_layers", "hidden_size"]
     # Without a window, on one rank, and with a vocabulary that is padded on three.
     no_window = dataclasses.replace(TINY, sliding_window=None)
     write_run_config(tmp_path, no_window, "float16", 1, 1)
@@ -89,4 +94,7 @@ def test_what_megatron_bridge_takes_from_a_checkpoint(tmp_path: Path) -> None:
     write_run_config(tmp_path, no_window, "float16", 3, 1)
     model = yaml.safe_load((tmp_path / "run_config.yaml").read_text())["model"]
     assert (model["should_pad_vocab"], model["make_vocab_size_divisible_by"]) == (True, 128)
+    write_run_config(tmp_path, no_window, "float32", 1, 1)
+    model = yaml.safe_load((tmp_path / "run_config.yaml").read_text())["model"]
+    assert (model["bf16"], model["fp16"], model["should_pad_vocab"]) == (False, False, False)
     assert "window_size" not in megatron_args(no_window, "float16", 1, 1)
