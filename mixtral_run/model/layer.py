@@ -21,7 +21,7 @@ from mixtral_run.model.parallel.megatron import (
     TransformerConfig,
     apply_prefix_mapping,
 )
-from mixtral_run.model.recompute.checkpoint import checkpoint
+from mixtral_run.model.recompute.checkpoint import checkpoint, with_gradient
 from mixtral_run.model.recompute.offload import Offload
 from mixtral_run.model.routing.moe import MoELayer
 
@@ -73,14 +73,14 @@ class MixtralLayer(MegatronModule, BaseTransformerLayer):
         """Return the output for hidden_states [sequence (/ TP), batch, hidden], of the same shape, and no
         cross-attention context.
         """
-        if self.recompute in RUNS_AGAIN and self.training:
+        if self.recompute in RUNS_AGAIN and self.training and torch.is_grad_enabled():
             return self._run_again(hidden_states, attention_mask), None
         return self._compute(hidden_states, attention_mask), None
 
     def _run_again(self, hidden: Tensor, inputs: LayerInputs) -> Tensor:
         # use_reentrant=False would pass each tensor of the layer through hooks, which costs the host as much as another
         # forward pass. The reentrant form needs an input with a gradient, which frozen embeddings do not have.
-        entry = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
+        entry = hidden if hidden.requires_grad else with_gradient(hidden)
         # The forward pass saves only the layer's input, to which the context applies.
         with self._offloaded() if self.recompute == "offload" else nullcontext():
             result: Tensor = checkpoint(

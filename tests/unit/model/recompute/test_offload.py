@@ -1,5 +1,6 @@
 """Offloading of layer inputs: training is the same bit for bit, every copy is made, every buffer is reused."""
 
+import dataclasses
 import gc
 
 import pytest
@@ -13,8 +14,9 @@ from mixtral_run.train.data.samples import GlobalBatch
 from mixtral_run.train.steps.cuda_graph import execution_of
 from mixtral_run.train.steps.step import StepResult, train_step, trainable
 from tests.multiprocess.conftest import SMALL
+from tests.support.live_tensors import LiveTensors
 from tests.unit.model.attention.test_packed_attention import micro_batches
-from tests.unit.model.recompute.test_recompute import loss_of, model_of
+from tests.unit.model.recompute.test_recompute import BATCH, SEQUENCE, loss_of, model_of
 
 STEPS = 3
 
@@ -85,6 +87,30 @@ def test_only_two_are_on_the_device(mesh: Mesh) -> None:
         assert [index for index, each in enumerate(saved) if each._on_device is not None] == [number - 1] * (number > 0)
     # Again, as with retain_graph.
     assert saved[2].take().unique().tolist() == [4.0]
+
+
+def test_the_forward_pass_leaves_only_the_last_layers_input_on_the_device(mesh: Mesh) -> None:
+    """Also not the first layer's, which comes from frozen embeddings. In any case the final norm saves its own input,
+    the last layer's output.
+    """
+    layers = 4
+    model = model_of(mesh, "full", architecture=dataclasses.replace(SMALL, num_layers=layers))
+    offload = model.gpt.decoder.layers[0].offload
+    for mode, inputs in (("full", layers), ("offload", 1)):
+        for layer in model.gpt.decoder.layers:
+            layer.recompute = mode
+        with LiveTensors() as live:
+            loss = loss_of(model)
+            hosts, saved = [], offload._last() if offload._last is not None else None
+            while saved is not None:
+                hosts.append(saved._host)
+                saved = saved._before() if saved._before is not None else None
+            left = live.besides([*model.parameters(), *hosts])
+        assert len(hosts) == (layers if mode == "offload" else 0)
+        shape = str((SEQUENCE, BATCH, SMALL.hidden_size))
+        assert len([each for each in left if each.endswith(shape)]) == inputs + 1, (mode, left)
+        loss.backward()
+        del loss
 
 
 def test_the_pass_is_not_captured(mesh: Mesh) -> None:
