@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ from mixtral_run.cli.input_problems import errors_of_inputs, input_problems
 from mixtral_run.cli.launcher_options import launch, launcher_options, take_launcher_options
 from mixtral_run.cli.setting_option import BY_FLAG, Decorator, option_of
 from mixtral_run.cli.stores import run_with_stores
-from mixtral_run.config.fields import SETTINGS_ERROR, Config, field_types
+from mixtral_run.config.fields import SETTINGS_ERROR, Config, field_types, flag_of
 from mixtral_run.config.names.foreign_names import setting_meant
 from mixtral_run.errors import ConfigError, described, joined
 
@@ -103,7 +103,7 @@ def merged_config(
     in_file: dict[str, Any] = {}
     try:
         in_file = config_class.with_current_names(read_config_file(file)) if file is not None else {}
-        values = in_file | flags
+        values, unused = config_class.without_unused(in_file | flags, flags)
         config = config_class.from_mapping(values, where=str(file or "command line")).check()
         if not_understood:
             raise ConfigError(SETTINGS_ERROR)
@@ -122,7 +122,17 @@ def merged_config(
         if deeper:
             raise joined([error, *deeper]) from None
         raise
+    if unused:
+        _report_unused(unused)
     return config
+
+
+def _report_unused(unused: Mapping[str, str]) -> None:
+    """Say which settings are not used, and what each of them needs; once for a job of several processes."""
+    from mixtral_run.launch import processes
+
+    for name, needs in unused.items() if processes.rank() == 0 else ():
+        click.echo(f"! {flag_of(name)} is not used: it needs {needs}", err=True)
 
 
 def _with_words(config_class: type[Config], flags: dict[str, Any]) -> dict[str, Any]:

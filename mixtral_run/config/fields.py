@@ -131,6 +131,41 @@ class Config:
         """Return the fields as JSON values. Paths become text."""
         return {item.name: _to_json_value(getattr(self, item.name)) for item in dataclasses.fields(self)}
 
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Return the defaults as JSON values, of the fields that have one.
+
+        A setting that a record of an earlier version lacks had this value: a new setting's default is what the kit did
+        before it.
+        """
+        return {
+            item.name: _to_json_value(item.default) for item in dataclasses.fields(cls) if item.default is not MISSING
+        }
+
+    @property
+    def continues(self) -> bool:
+        """True if the settings may be those of work that began before, perhaps under an earlier version of the kit."""
+        return False
+
+    def unused(self) -> dict[str, str]:
+        """Return the settings that were changed but would be ignored, and what each of them needs.
+
+        Only settings without which the result is the same. `problems` has a line for each of them.
+        """
+        return {}
+
+    @classmethod
+    def without_unused(
+        cls, values: Mapping[str, Any], flags: Collection[str] = ()
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        """Return JSON values without those that would be ignored, and what each of these needs.
+
+        flags: names that were given on the command line. For new work these stay, so that they are refused.
+        """
+        rest, _ = cls.rest_of(values)
+        unused = {name: needs for name, needs in rest.unused().items() if rest.continues or name not in flags}
+        return {name: value for name, value in values.items() if name not in unused}, unused
+
     def to_json(self) -> str:
         """Return the fields as the text of a JSON object."""
         return json.dumps(self.to_mapping(), indent=2, ensure_ascii=False) + "\n"

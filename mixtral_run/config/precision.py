@@ -1,4 +1,4 @@
-"""Precision of attention, a setting that `finetune`, `align` and `plan` share. Standard library only."""
+"""Precisions of the frozen weights, which `finetune`, `align` and `plan` share. Standard library only."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from mixtral_run.config.fields import MEMORY, setting
 from mixtral_run.config.lora import LoraShapeConfig
 
+BASE_PRECISIONS = ("bf16", "fp8", "nf4")
+"""Storage of the frozen experts: in the model's dtype (bf16), in 8 bit (fp8) or in 4 bit (nf4)."""
 ATTENTION_PRECISIONS = ("bf16", "fp8")
 """Storage of the frozen projections of attention and of the output layer: in the model's dtype (bf16), or in 8 bit."""
 

@@ -13,9 +13,8 @@ from mixtral_run.config.fields import DATA, LAYOUT, MEMORY, OUTPUT, PREFERENCES,
 from mixtral_run.config.gpus import DEFAULT_MEMORY_GIB, GPU_MODELS, GPUS_PER_HOST
 from mixtral_run.config.launch import KernelsConfig
 from mixtral_run.config.lora import LORA_SHAPE
-from mixtral_run.config.precision import AttentionPrecisionConfig
+from mixtral_run.config.precision import BASE_PRECISIONS, AttentionPrecisionConfig
 from mixtral_run.config.verbs.align import rows_per_sample
-from mixtral_run.config.verbs.training import BASE_PRECISIONS
 
 DEFAULT_NETWORK = "400Gb"
 _NOT_FULL = ("method", "base_precision", "attention_precision", "expert_chunks", "tokens_per_second", "network")

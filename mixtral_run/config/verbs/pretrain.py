@@ -18,6 +18,8 @@ NEEDS_SAVE = (
     "report_prompts", "report_tokens",
 )  # fmt: skip
 """Settings of a run that saves; without --save they would be ignored."""
+HARMLESS = NEEDS_SAVE[-4:]
+"""Those without which a run without --save is the same: when something is saved and shown, and how much."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +96,12 @@ class PretrainConfig(SplitRowsLaunchConfig, RunConfig):
     def uses_adamw(self) -> bool:
         """True if the optimizer is AdamW."""
         return self.save is not None if self.optimizer is None else self.optimizer == OPTIMIZERS[1]
+
+    def unused(self) -> dict[str, str]:
+        if self.save is not None:
+            return super().unused()
+        defaults = self.defaults()
+        return {name: "--save" for name in HARMLESS if getattr(self, name) != defaults[name]}
 
     def problems(self) -> list[str]:
         found = super().problems()

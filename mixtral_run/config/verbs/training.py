@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from mixtral_run.config.context import ContextLaunchConfig, chunk_problems, row_problems
 from mixtral_run.config.data import DataConfig
-from mixtral_run.config.fields import DATA, LAYOUT, LORA, MEMORY, OPTIMIZER, OUTPUT, Config, setting
+from mixtral_run.config.fields import DATA, LAYOUT, LORA, MEMORY, OPTIMIZER, OUTPUT, Config, flag_of, setting
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.lora import LoraConfig
-from mixtral_run.config.precision import AttentionPrecisionConfig
+from mixtral_run.config.precision import BASE_PRECISIONS, AttentionPrecisionConfig
 from mixtral_run.config.schedule import ScheduleConfig
-
-BASE_PRECISIONS = ("bf16", "fp8", "nf4")
-"""Storage of the frozen experts: in the model's dtype (bf16), in 8 bit (fp8) or in 4 bit (nf4)."""
 
 QUANTIZED_CACHE_MODES = ("yes", "use", "no")
 """Use of the cache of quantized experts: read it or create it, only read it, ignore it."""
@@ -238,11 +235,26 @@ class RunConfig(CheckpointConfig, TrainingConfig):
     tensorboard: bool = setting(True, help="Write loss, learning rate and speed to SAVE/tensorboard.", section=OUTPUT)
 
     @classmethod
-    def from_mapping(cls, values: Mapping[str, Any], *, where: str = "config") -> Self:
-        """Build a config from JSON values. In files, --resume is also true or false."""
-        if isinstance(values.get("resume"), bool):
-            values = {**values, "resume": "yes" if values["resume"] else None}
-        return super().from_mapping(values, where=where)
+    def with_current_names(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the values by current names. In files, --resume is also true or false."""
+        found = super().with_current_names(values)
+        if isinstance(found.get("resume"), bool):
+            found["resume"] = "yes" if found["resume"] else None
+        return found
+
+    @property
+    def continues(self) -> bool:
+        return self.resume is not None
+
+    def unused(self) -> dict[str, str]:
+        if self.save is None or self.has_validation:
+            return {}
+        changed = {
+            "eval_interval": self.eval_interval != RunConfig.eval_interval,
+            "report_prompts": self.report_prompts not in (0, RunConfig.report_prompts),
+            "report_tokens": self.report_tokens != RunConfig.report_tokens,
+        }
+        return {name: "--valid-data-path or --valid-fraction" for name, is_changed in changed.items() if is_changed}
 
     @property
     def has_validation(self) -> bool:
@@ -275,18 +287,10 @@ class RunConfig(CheckpointConfig, TrainingConfig):
             found.append("--valid-fraction and --valid-data-path: expected one of them; found both")
         if self.valid_fraction and self.mock_data:
             found.append("--valid-fraction: expected --data-path; found --mock-data")
-        if self.save is not None and not self.has_validation:
-            ignored = {
-                "--eval-interval": self.eval_interval != RunConfig.eval_interval,
-                "--report-prompts": self.report_prompts not in (0, RunConfig.report_prompts),
-                "--report-tokens": self.report_tokens != RunConfig.report_tokens,
-            }
-            found += [
-                f"{flag}: expected --valid-data-path or --valid-fraction with it; found neither, so that it would be "
-                "ignored"
-                for flag, is_given in ignored.items()
-                if is_given
-            ]
+        found += [
+            f"{flag_of(name)}: expected {needs} with it; found neither, so that it would be ignored"
+            for name, needs in RunConfig.unused(self).items()
+        ]
         if self.early_stopping_patience and not self.has_validation:
             found.append(
                 "--early-stopping-patience: expected --valid-data-path or --valid-fraction, whose loss decides; found "
@@ -387,3 +391,8 @@ class UpConfig(FinetuneConfig):
     output_path: Path = setting(
         Path("adapter"), help="Folder on this machine for the exported adapter.", section=OUTPUT
     )
+
+    @property
+    def continues(self) -> bool:
+        """A second call continues what the first one began; only the host knows whether this is one."""
+        return True

@@ -15,7 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from mixtral_run.config.verbs.training import BASE_PRECISIONS
+from mixtral_run.config.precision import BASE_PRECISIONS
 from mixtral_run.errors import WeightsError
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.weights.hf.fingerprint import source_checksums

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
+from mixtral_run.cli.command import VerbCommand
+from mixtral_run.cli.options import merged_config, setting_options
 from mixtral_run.config.verbs.pretrain import PretrainConfig
-from mixtral_run.config.verbs.training import FinetuneConfig, can_resume
+from mixtral_run.config.verbs.training import FinetuneConfig, RunConfig, UpConfig, can_resume
+from mixtral_run.errors import ConfigError
+
+
+def parsed(config_class: type[RunConfig], *words: str) -> RunConfig:
+    """Return the settings of a command line."""
+    found: list[RunConfig] = []
+
+    @click.command(cls=VerbCommand)
+    @setting_options(config_class)
+    def verb(**flags: Any) -> None:
+        found.append(merged_config(config_class, flags.pop("config"), flags, on_hosts=True))
+
+    verb.main([*words], standalone_mode=False)
+    return found[0]
 
 
 def config(**settings: Any) -> PretrainConfig:
@@ -48,6 +66,44 @@ def test_defaults_follow_from_save() -> None:
 def test_what_would_be_ignored_is_refused(settings: dict[str, Any], flag: str) -> None:
     (problem,) = config(**settings).problems()
     assert problem.startswith(f"{flag}: ")
+
+
+@pytest.mark.parametrize(
+    ("config_class", "needs"),
+    [(FinetuneConfig, "--valid-data-path or --valid-fraction"), (PretrainConfig, "--save")],
+)
+def test_only_new_flags_that_would_be_ignored_are_refused(
+    config_class: type[RunConfig], needs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Earlier versions took these settings, and wrote commands and files with them."""
+    file = tmp_path / "config.json"
+    save = {"save": "s"} if config_class is FinetuneConfig else {}
+    file.write_text(json.dumps({"load": "b", "mock_data": True, "eval_interval": 5, "report_tokens": 7, **save}))
+    found = parsed(config_class, "--config", str(file))
+    assert (found.eval_interval, found.report_tokens) == (100, 32)
+    needed = f"is not used: it needs {needs}\n"
+    assert capsys.readouterr().err == f"! --eval-interval {needed}! --report-tokens {needed}"
+    with pytest.raises(ConfigError) as caught:
+        parsed(config_class, "--config", str(file), "--eval-interval", "6")
+    (problem,) = caught.value.problems
+    assert problem.startswith("--eval-interval: expected ")
+
+
+@pytest.mark.parametrize(("config_class", "resume"), [(FinetuneConfig, ("--resume",)), (UpConfig, ())])
+def test_the_command_that_the_kit_wrote_continues_an_old_run(
+    config_class: type[RunConfig], resume: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--load", "b", "--save", "s", "--mock-data", "--eval-interval", "50", "--report-prompts", "4", *resume)
+    found = parsed(config_class, *words)
+    assert (found.eval_interval, found.report_prompts) == (100, 2) and found.problems() == []
+    assert capsys.readouterr().err.count("is not used") == 2
+    # With a validation set they are used.
+    found = parsed(config_class, *words, "--valid-data-path", "v.jsonl")
+    assert (found.eval_interval, found.report_prompts, capsys.readouterr().err) == (50, 4, "")
+    # What is wrong otherwise is an error as before, and alone.
+    with pytest.raises(ConfigError) as caught:
+        parsed(config_class, *words, "--log-interval", "0")
+    assert [each.partition(":")[0] for each in caught.value.problems] == ["--log-interval"]
 
 
 def test_only_runs_that_save_are_resumed_by_a_scheduler() -> None:
