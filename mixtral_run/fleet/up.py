@@ -174,11 +174,14 @@ def _check_same_base(host: Host, config: UpConfig, done: Done) -> None:
 
 def _check_same_training(host: Host, config: FinetuneConfig, done: Done) -> None:
     """Raise ConfigError if the adapter on the host was trained with other data or settings than the requested ones."""
-    began, asked = done.adapter.get("training", {}), config.to_mapping()
+    recorded, asked = done.adapter.get("training", {}), config.to_mapping()
+    # A setting that the record lacks had its default: an earlier version of the kit did not know it, or a job's
+    # settings were sent without it.
+    began = {**FinetuneConfig.defaults(), **FinetuneConfig.with_current_names(recorded)} if recorded else asked
     problems = [
         f"{flag_of(name)}: the adapter was trained with {began[name]}; found {asked[name]}"
         for name in SETTINGS_OF_A_RUN
-        if began.get(name, asked[name]) != asked[name]
+        if began[name] != asked[name]
     ]
     known = done.adapter.get("data_sha256")
     # A file that does not exist here is a file of the host and is not compared.

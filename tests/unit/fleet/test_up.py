@@ -55,6 +55,20 @@ def test_another_file_or_setting_is_reported(data: Path) -> None:
     assert "gpu-01: /checkpoints/adapter, iteration 10" in text
 
 
+def test_a_setting_that_an_earlier_record_lacks_had_its_default(data: Path) -> None:
+    config = UpConfig(data_path=(str(data),))
+    earlier = config.to_mapping()
+    del earlier["attention_precision"], earlier["base_precision"], earlier["lora_scaling"]
+    before = Done(True, 10, True, {"training": earlier})
+    _check_same_training(HOST, config, before)
+    with pytest.raises(ConfigError) as caught:
+        _check_same_training(HOST, dataclasses.replace(config, attention_precision="fp8", base_precision="nf4"), before)
+    assert caught.value.problems == (
+        "--base-precision: the adapter was trained with bf16; found nf4",
+        "--attention-precision: the adapter was trained with bf16; found fp8",
+    )
+
+
 def test_another_base_is_reported(data: Path) -> None:
     before = done(UpConfig(data_path=(str(data),)), data)
     record = {"source": "/models/mine", "fingerprint": "quick-whole"}
