@@ -288,6 +288,15 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
         ("image", "build"),
     ),
     KnownFailure(
+        "other-kit",
+        "The job does not know one of its settings",
+        r"unknown setting '",
+        "The image on the host holds an earlier version of the kit than this machine, which cannot do what the setting asks "
+        "for; or the setting is misspelled.",
+        ("mixtral-run bootstrap HOST --tags image    # then the same command again",),
+        ("image", "version", "setting", "unknown"),
+    ),
+    KnownFailure(
         "swap-holes",
         "The swap file cannot be enabled",
         r"swapon.{0,80}(invalid argument|has holes|skipping)",

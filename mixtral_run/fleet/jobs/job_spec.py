@@ -50,6 +50,16 @@ SCRATCH = "MIXTRAL_RUN_STORE_CACHE="
 """Variable of a job with its value behind: the folder of the copies of what an object store holds."""
 LOCAL_INPUTS = ("prompts_file", "prompts", "chat_template")
 """Config fields, apart from those of data, whose file may be on the operator's machine. It is then sent to the host."""
+ALWAYS_SENT = (
+    "tensor_model_parallel_size", "expert_model_parallel_size", "layout", "resume", "train_iters", "data_path",
+    "valid_data_path", "adapter", "clip_grad", "optimizer",
+)  # fmt: skip
+"""Settings that a job's config has even at their defaults, since these were others in earlier versions of the kit.
+
+Other defaults are left out: the image may hold an earlier version, which refuses names that it does not know. A version
+that knows the name has the same default, as a default never changes without being named here; and one that does not
+know it does what the default says, as the default of a new setting is what the kit did before it.
+"""
 
 DEFAULT_ULIMITS = ("memlock=-1", "stack=67108864", "nofile=1048576:1048576")
 """Limits for pinned memory (NCCL), thread stacks, and open files, for which Docker 29 allows 1,024."""
@@ -148,6 +158,8 @@ class JobSpec:
     verb: str
     config: Mapping[str, Any]
     """Config of the verb; its paths are paths inside the container."""
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Defaults of the verb's settings, which the job's file leaves out."""
     mounts: tuple[str, ...] = ()
     """Absolute folders of the host that are mounted at the same path in the container."""
     files: tuple[tuple[Path, str], ...] = ()
@@ -162,7 +174,13 @@ class JobSpec:
         return next((str(self.config[name]) for name in OUTPUTS if self.config.get(name)), None)
 
     def config_json(self) -> str:
-        return json.dumps(dict(self.config), indent=2, ensure_ascii=False) + "\n"
+        """Return the job's file of settings, without those at their defaults. See ALWAYS_SENT."""
+        sent = {
+            name: value
+            for name, value in self.config.items()
+            if name in ALWAYS_SENT or name not in self.defaults or value != self.defaults[name]
+        }
+        return json.dumps(sent, indent=2, ensure_ascii=False) + "\n"
 
 
 def make_spec(
@@ -218,8 +236,8 @@ def make_spec(
     if options.nccl_timeout and "distributed_timeout_minutes" in values:
         values["distributed_timeout_minutes"] = -(-options.nccl_timeout // 60)
     return JobSpec(
-        name=name, verb=verb, config=values, mounts=_outermost(mounts), files=tuple(files), options=options,
-        num_hosts=num_hosts, rendezvous=rendezvous,
+        name=name, verb=verb, config=values, defaults=config.defaults(), mounts=_outermost(mounts), files=tuple(files),
+        options=options, num_hosts=num_hosts, rendezvous=rendezvous,
     )  # fmt: skip
 
 

@@ -38,6 +38,7 @@ SEEN = {
     "docker-permission": "permission denied while trying to connect to the Docker daemon socket at unix:///run/x",
     "engine-down": "Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is the docker daemon running?",
     "no-image": "Unable to find image 'mixtral-run:local' locally",
+    "other-kit": "✗ Some settings are wrong.\n  - unknown setting 'attention_precision'",
     "swap-holes": "swapon: /swapfile: swapon failed: Invalid argument",
     "no-python": "/bin/sh: 1: /usr/bin/python3: not found",
     "clock": "E: Release file for http://deb.debian.org/debian/dists/bookworm/InRelease is not valid yet",

@@ -1,19 +1,23 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mixtral_run.config.verbs.generate import GenerateConfig
+from mixtral_run.config.verbs.align import AlignConfig
+from mixtral_run.config.verbs.evaluate import EvaluateConfig
+from mixtral_run.config.verbs.generate import ChatConfig, GenerateConfig
+from mixtral_run.config.verbs.pretrain import PretrainConfig
 from mixtral_run.config.verbs.training import FinetuneConfig
-from mixtral_run.config.verbs.trial import SmokeConfig
-from mixtral_run.config.verbs.weights import ConvertConfig, ExportConfig
+from mixtral_run.config.verbs.trial import RehearseConfig, SmokeConfig
+from mixtral_run.config.verbs.weights import ConvertConfig, ExportConfig, VerifyConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.fleet.jobs.host_facts import FACTS_SCRIPT, HostFacts, check_same_gpus, parse_facts
-from mixtral_run.fleet.jobs.job_spec import JobOptions, bind, container_argv, host_path, make_spec
+from mixtral_run.fleet.jobs.job_spec import ALWAYS_SENT, JobOptions, bind, container_argv, host_path, make_spec
 
 FACTS = HostFacts(
     uid=1001, gid=1002, group_of_checkpoints=1000, folder="/home/ops/jobs", kernels="/k,2", num_gpus=8, cdi=True
@@ -188,6 +192,34 @@ def test_words_of_prompts_stay_in_the_file() -> None:
     spec = make_spec("j", "generate", config, JobOptions(), 1)
     assert not any("rm -rf" in word or "$(id)" in word for word in container_argv(spec, FACTS))
     assert "rm -rf" in spec.config_json()
+
+
+def test_an_image_of_an_earlier_kit_gets_no_default_that_it_may_not_know() -> None:
+    sent = json.loads(make_spec("j", "finetune", finetune(seed=7), JobOptions(), 1).config_json())
+    assert sent == {
+        "load": "/checkpoints/mixtral", "save": "/data/out/my adapter", "mock_data": True, "seed": 7,
+        # These had other defaults before.
+        "tensor_model_parallel_size": None, "expert_model_parallel_size": None, "layout": None, "resume": None,
+        "train_iters": None, "data_path": [], "valid_data_path": [], "clip_grad": 1.0,
+    }  # fmt: skip
+    asked = make_spec("j", "finetune", finetune(attention_precision="fp8"), JobOptions(), 1).config_json()
+    assert FinetuneConfig.from_json(asked).attention_precision == "fp8"
+
+
+def test_a_default_that_changes_is_always_sent() -> None:
+    """A job may run in an image of another version: setting_defaults.json has the defaults that all versions share.
+
+    A new setting belongs into that file; its default must be what the kit did before it. A setting whose default
+    changes belongs into ALWAYS_SENT.
+    """
+    classes = (ConvertConfig, VerifyConfig, FinetuneConfig, AlignConfig, PretrainConfig, GenerateConfig, ChatConfig,
+               EvaluateConfig, ExportConfig, SmokeConfig, RehearseConfig)  # fmt: skip
+    known = json.loads(Path(__file__).with_name("setting_defaults.json").read_text())
+    found = {
+        each.__name__: {name: value for name, value in each.defaults().items() if name not in ALWAYS_SENT}
+        for each in classes
+    }
+    assert found == known
 
 
 @pytest.mark.parametrize("name", ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "my_password"])
