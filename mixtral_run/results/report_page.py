@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
+from mixtral_run.config.fields import flag_of
+from mixtral_run.config.former_settings import FORMER_SETTINGS, FormerSettings, from_values, with_former
 from mixtral_run.config.launch import layout_name
 from mixtral_run.config.verbs.align import AlignConfig
 from mixtral_run.config.verbs.pretrain import PretrainConfig
@@ -59,7 +61,7 @@ def report_page(data: RunData, examples: Sequence[ExampleText], best_adapter: st
         router_section(data),
         _generations(data),
         _data_section(summary, examples),
-        _settings(mapping(summary.get("settings"))),
+        _settings(mapping(summary.get("settings")), from_values(summary.get(FORMER_SETTINGS))),
         _commands(summary, best_adapter),
     ]
     template = string.Template(
@@ -106,10 +108,12 @@ def _tiles(summary: dict[str, Any]) -> str:
     sizes: tuple[Any, Any] = summary.get("tensor_model_parallel_size"), summary.get("expert_model_parallel_size")
     # Summaries of earlier versions have no CP and no chunks.
     context, chunks = (int(number(summary.get(name)) or 1) for name in ("context_parallel_size", "expert_chunks"))
+    former = from_values(summary.get(FORMER_SETTINGS))
+    attention = with_former("attention_precision", str(summary.get("attention_precision")), former)
     layout = (
         f"{summary.get('num_processes')} × {summary.get('device')}, {layout_name(*sizes, context)}, "
-        f"base in {summary.get('base_precision')}, "
-        + ("attention in fp8, " if summary.get("attention_precision") == "fp8" else "")
+        f"base in {with_former('base_precision', str(summary.get('base_precision')), former)}, "
+        + (f"attention in {attention}, " if "fp8" in attention else "")
         + f"recompute {summary.get('recompute')}"
         + (f", experts in {chunks} chunks" if chunks > 1 else "")
     )
@@ -262,7 +266,7 @@ def _shown(value: object) -> str:
     return "–" if value is None else str(value)
 
 
-def _settings(settings: dict[str, Any]) -> str:
+def _settings(settings: dict[str, Any], former: Sequence[FormerSettings]) -> str:
     defaults = {item.name: item.default for item in fields(_config_class(settings)) if item.default is not MISSING}
     rows = [(f"--{name.replace('_', '-')}", f"settings.{name}", value) for name, value in settings.items()]
     is_default = {
@@ -270,9 +274,15 @@ def _settings(settings: dict[str, Any]) -> str:
     }
     given = _table(row for row in rows if not is_default[row[1]])
     others = _table(row for row in rows if is_default[row[1]])
+    before = _table(
+        (f"{flag_of(name)} until iteration {each.iteration:,}", f"{FORMER_SETTINGS}.{number}.settings.{name}", value)
+        for number, each in enumerate(former)
+        for name, value in each.settings.items()
+    )
+    changed = f"<h3>Before --resume changed them</h3>{before}" if former else ""
     return (
-        f'<h2>Settings</h2><div class="card">{given}<details><summary>Settings with their default</summary>{others}'
-        "</details></div>"
+        f'<h2>Settings</h2><div class="card">{given}{changed}'
+        f"<details><summary>Settings with their default</summary>{others}</details></div>"
     )
 
 

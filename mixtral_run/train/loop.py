@@ -95,7 +95,8 @@ def finetune(config: FinetuneConfig) -> None:
                 run.start = resume_run(run, optimizer, config, base)
             prepare_references(run, config, base)
             _report_lora(run, config)
-            outcome = Outcome(config, base, data, mesh, report, model.count_choices() if config.router_stats else None)
+            counts = model.count_choices() if config.router_stats else None
+            outcome = Outcome(config, base, data, mesh, report, counts, run.former)
             outcome.start()
             report_disk_use(config, adapter_bytes(config, base, run.start), report)
             saver = AdapterSaver(model, optimizer, config.save, config.distributed_timeout_minutes)

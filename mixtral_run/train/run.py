@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from mixtral_run.config.former_settings import FormerSettings
 from mixtral_run.config.verbs.training import TrainingConfig
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh
@@ -22,7 +23,7 @@ class Run:
     """State of a training run, the same on every rank.
 
     start: iterations before the first one of this process; last: the last one; saved: that of the newest checkpoint.
-    view: on a terminal, in the first rank.
+    view: on a terminal, in the first rank. former: settings that --resume changed, of this process and of earlier ones.
     """
 
     config: TrainingConfig
@@ -39,4 +40,5 @@ class Run:
     saved: int = 0
     view: TrainingRow | None = None
     validation: Validation | None = None
+    former: tuple[FormerSettings, ...] = ()
     best: BestLoss = field(default_factory=BestLoss)

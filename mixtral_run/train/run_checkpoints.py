@@ -6,9 +6,13 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from mixtral_run.config.fields import flag_of
+from mixtral_run.config.former_settings import FORMER_SETTINGS, FormerSettings, to_values
+from mixtral_run.config.lora import has_frozen_start
 from mixtral_run.config.verbs.align import AlignConfig, loss_of
 from mixtral_run.config.verbs.training import FinetuneConfig, RunConfig
 from mixtral_run.launch.processes import SHUTDOWN_SECONDS
@@ -28,6 +32,7 @@ from mixtral_run.train.checkpoints.saving import Saver, SaveRequest
 from mixtral_run.train.early_stopping import BestLoss
 from mixtral_run.train.preflight import check_resume, leftovers
 from mixtral_run.train.run import Run
+from mixtral_run.weights.adapter.model_card import SETTINGS as CARD_SETTINGS
 from mixtral_run.weights.io.atomic_folder import GIB
 from mixtral_run.weights.manifest.adapter_files import report_without_checksums
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST
@@ -55,9 +60,15 @@ LOSS_SETTINGS = (
     "router_aux_loss",
 )  # fmt: skip
 """Settings that determine the loss. --init-adapter does as well where it is the reference of align."""
+PRECISION_SETTINGS = ("base_precision", "attention_precision", "dtype")
+"""Settings of the form of the frozen weights, whose rounding is a part of the loss, and of align's reference."""
+REFERENCE_SETTINGS = (*PRECISION_SETTINGS, "reference", "init_adapter", "pack", "seq_length")
+"""Settings that determine what align's reference says of a sample."""
 DRAW_SETTINGS = ("micro_batch_size", "expert_chunks")
 """Settings that determine the order in which dropout draws its numbers, next to the layout."""
 
+RECORDED_SETTINGS = ("lora_dropout", *(name for name in CARD_SETTINGS if name not in ("train_iters", "epochs")))
+"""Settings that the records of a run name with their former values. The length of a run may grow without a change."""
 
 LONGEST_BEFORE_ANOTHER = SHUTDOWN_SECONDS / 2
 """Seconds of a save that a stop came into, up to which the last iteration is saved as well."""
@@ -76,6 +87,7 @@ def describe(run: Run, config: RunConfig, base: BaseDescription) -> dict[str, ob
         "data_sha256": run.data.sha256,
         "chat_template": run.data.chat_template,
         "validation": run.best.to_mapping(),
+        **({FORMER_SETTINGS: to_values(run.former)} if run.former else {}),
     }
 
 
@@ -204,8 +216,8 @@ def resume_run(run: Run, optimizer: torch.optim.Optimizer, config: FinetuneConfi
     other_dropout = continue_run(run, config, adapter)
     if other_dropout is not None and config.lora_dropout:
         run.report.warn(f"Dropout differs from that of a run without interruption: {other_dropout}")
-    if other_loss := changed_loss(config, adapter):
-        run.report.warn(f"The loss is another one than before: {', '.join(other_loss)}")
+    if other_loss := loss_warning(config, adapter):
+        run.report.warn(other_loss)
     return adapter.iteration
 
 
@@ -221,6 +233,7 @@ def continue_run(run: Run, config: RunConfig, adapter: Saved) -> str | None:
         remove_partial_checkpoints(config.folder)
     other_dropout = restore_random_state(adapter.folder, run.mesh) or changed_draws(config, adapter)
     run.best = BestLoss.from_mapping(adapter.validation)
+    run.former = (*adapter.former, *former_settings(config, adapter))
     run.report.say(f"Resuming from {adapter.folder}, iteration {adapter.iteration}")
     changed = changed_order(config, adapter, run.data.sha256)
     if changed:
@@ -232,7 +245,7 @@ def continue_run(run: Run, config: RunConfig, adapter: Saved) -> str | None:
 
 def changed_order(config: RunConfig, adapter: Saved, data_sha256: str | None) -> list[str]:
     """Return the settings that determine the order of samples and have changed since the run stopped."""
-    now, before = config.to_mapping(), config.with_current_names(adapter.training)
+    now, before = config.to_mapping(), _settings_before(config, adapter)
     changed = _changed(config, adapter, ORDER_SETTINGS)
     is_same_data = data_sha256 is None or adapter.data_sha256 in (None, data_sha256)
     if not is_same_data and before.get("data_path", now["data_path"]) == now["data_path"]:
@@ -248,7 +261,44 @@ def changed_loss(config: RunConfig, adapter: Saved) -> list[str]:
             # At most a default was written out.
             names = ()
         names = (*names, "init_adapter") if config.has_reference else names
-    return _changed(config, adapter, names)
+    found = _changed(config, adapter, (*names, *PRECISION_SETTINGS))
+    # Whether a dtype of auto is another one depends on the base and the processor.
+    return [each for each in found if not each.startswith("--dtype ") or "auto" not in each]
+
+
+def loss_warning(config: RunConfig, adapter: Saved) -> str | None:
+    """Return the warning about a loss that changed since the run stopped, and about what still is of the former one."""
+    changed = changed_loss(config, adapter)
+    if not changed:
+        return None
+    parts = [f"The loss is another one than before: {', '.join(changed)}"]
+    best = BestLoss.from_mapping(adapter.validation)
+    if best.best_iteration is not None:
+        flags = ("--early-stopping-patience", config.early_stopping_patience), ("--keep-best", config.keep_best)
+        users = [flag for flag, is_used in flags if is_used]
+        compared = f", and {' and '.join(users)} {'compare' if len(users) > 1 else 'compares'} with it" if users else ""
+        parts.append(
+            f"The lowest validation loss so far, {best.best_loss:.4f} of iteration {best.best_iteration}, is of the "
+            f"former one{compared}"
+        )
+    is_other = bool(_changed(config, adapter, ("base_precision", "attention_precision")))
+    if isinstance(config, FinetuneConfig) and has_frozen_start(config) and is_other:
+        parts.append(f"The start of --init-lora {config.init_lora} stays that of the former precision")
+    return ". ".join(parts)
+
+
+def former_settings(config: RunConfig, adapter: Saved) -> tuple[FormerSettings, ...]:
+    """Return the settings that the run had up to the checkpoint, as far as they changed and decide about the result."""
+    now, before = config.to_mapping(), _settings_before(config, adapter)
+    names = _different(now, before, (*RECORDED_SETTINGS, *LOSS_SETTINGS, *REFERENCE_SETTINGS))
+    return (FormerSettings(adapter.iteration, {name: before[name] for name in names}),) if names else ()
+
+
+def changed_reference(run: Run, config: FinetuneConfig) -> str | None:
+    """Return the settings that give align another reference than before this start of the run; None if none does."""
+    newest = run.former[-1] if run.former and run.start and run.former[-1].iteration == run.start else None
+    names = [name for name in REFERENCE_SETTINGS if newest is not None and name in newest.settings]
+    return ", ".join(_lines(config.to_mapping(), newest.settings, names)) if newest is not None and names else None
 
 
 def changed_draws(config: RunConfig, adapter: Saved) -> str | None:
@@ -258,12 +308,31 @@ def changed_draws(config: RunConfig, adapter: Saved) -> str | None:
 
 def _changed(config: RunConfig, adapter: Saved, names: Sequence[str]) -> list[str]:
     """Return those of the settings that have changed since the run stopped."""
-    now, before = config.to_mapping(), config.with_current_names(adapter.training)
-    return [
-        f"--{name.replace('_', '-')} {now[name]} (was {before[name]})"
-        for name in names
-        if name in now and before.get(name, now[name]) != now[name]
-    ]
+    now, before = config.to_mapping(), _settings_before(config, adapter)
+    return _lines(now, before, _different(now, before, names))
+
+
+def _settings_before(config: RunConfig, adapter: Saved) -> dict[str, Any]:
+    """Return the settings of the run that saved a checkpoint; empty if the checkpoint does not record them.
+
+    One that the record lacks was added to the kit later, and had its default: that is what the kit did before it.
+    """
+    recorded = config.with_current_names(adapter.training)
+    return {**config.defaults(), **recorded} if recorded else {}
+
+
+def _different(now: Mapping[str, Any], before: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """Return those of the names whose values differ, each once."""
+
+    def value(settings: Mapping[str, Any], name: str) -> Any:
+        return settings[name] or 1 if name == "expert_chunks" else settings[name]
+
+    known = [name for name in dict.fromkeys(names) if name in now and name in before]
+    return [name for name in known if value(now, name) != value(before, name)]
+
+
+def _lines(now: Mapping[str, Any], before: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    return [f"{flag_of(name)} {now[name]} (was {before[name]})" for name in names]
 
 
 def remove_leftovers(save: Path) -> None:

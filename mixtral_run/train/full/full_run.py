@@ -63,7 +63,7 @@ def full_finetune(config: PretrainConfig) -> None:
             run.start = resume_full(run, optimizer, config, base)
         _report_full(run, optimizer, config)
         counts = model.count_choices() if config.router_stats else None
-        outcome = Outcome(config, base, data, mesh, report, counts)
+        outcome = Outcome(config, base, data, mesh, report, counts, run.former)
         outcome.start()
         report_disk_use(config, full_checkpoint_bytes(config, base, run.start), report)
         with growing_segments(mesh.device):

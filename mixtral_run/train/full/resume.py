@@ -7,7 +7,7 @@ from mixtral_run.train.checkpoints.resume_checks import check_full_resume
 from mixtral_run.train.full.saving import load_states
 from mixtral_run.train.full.sharded_adamw import ShardedAdamW
 from mixtral_run.train.run import Run
-from mixtral_run.train.run_checkpoints import changed_loss, continue_run
+from mixtral_run.train.run_checkpoints import continue_run, loss_warning
 from mixtral_run.weights.manifest.describe import BaseDescription
 
 
@@ -20,6 +20,6 @@ def resume_full(run: Run, optimizer: ShardedAdamW, config: PretrainConfig, base:
     load_states(run.model, optimizer, trained)
     # Nothing draws random numbers: there is no dropout.
     continue_run(run, config, trained)
-    if other_loss := changed_loss(config, trained):
-        run.report.warn(f"The loss is another one than before: {', '.join(other_loss)}")
+    if other_loss := loss_warning(config, trained):
+        run.report.warn(other_loss)
     return trained.iteration

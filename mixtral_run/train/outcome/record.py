@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mixtral_run.config.former_settings import FormerSettings, to_values
 from mixtral_run.config.verbs.training import RunConfig
 from mixtral_run.errors import MixtralRunError
 from mixtral_run.model.parallel.mesh import Mesh
@@ -45,6 +47,7 @@ class RunRecord:
         data: SHA-256 of --data-path (null for mock data and for a dataset on the hub), hash of all token ids, and a
             line each about the training and the validation data.
         settings: all settings of the run, with the layout that was chosen.
+        former_settings: those that --resume changed: their values before, and the last iteration with them.
     """
 
     name: str
@@ -54,9 +57,12 @@ class RunRecord:
     base: dict[str, Any]
     data: dict[str, Any]
     settings: dict[str, Any]
+    former_settings: list[dict[str, Any]]
 
     @classmethod
-    def of(cls, config: RunConfig, base: BaseDescription, data: TrainingData) -> RunRecord:
+    def of(
+        cls, config: RunConfig, base: BaseDescription, data: TrainingData, former: Sequence[FormerSettings] = ()
+    ) -> RunRecord:
         """Describe a run before its first iteration. A resumed run keeps the id and the start of its record."""
         known = read_run(config.folder).run if config.resume else {}
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -77,6 +83,7 @@ class RunRecord:
                 "validation": data.validation.describe() if data.validation is not None else None,
             },
             settings=config.to_mapping(),
+            former_settings=to_values(former),
         )
 
 
@@ -90,6 +97,7 @@ class Outcome:
         mesh: all ranks take part in the generations; the first one writes.
         report: gets a line about what cannot be written.
         counts: of the model's routers; None if nothing is counted.
+        former: settings that --resume changed.
     """
 
     def __init__(
@@ -100,9 +108,10 @@ class Outcome:
         mesh: Mesh,
         report: Report,
         counts: RouterCounts | None,
+        former: Sequence[FormerSettings] = (),
     ) -> None:
         self._config, self._base, self._data, self._report = config, base, data, report
-        self.record = RunRecord.of(config, base, data) if mesh.is_first else None
+        self.record = RunRecord.of(config, base, data, former) if mesh.is_first else None
         wanted = config.report_prompts if config.report else 0
         prompts = prompts_of(data.validation, wanted, min(LONGEST_PROMPT, config.seq_length))
         file = config.folder / run_files.GENERATIONS

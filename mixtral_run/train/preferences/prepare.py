@@ -21,6 +21,7 @@ from mixtral_run.train.data.preferences import PreferenceSamples
 from mixtral_run.train.preferences.objective import PreferenceObjective
 from mixtral_run.train.preferences.reference import add_references
 from mixtral_run.train.run import Run
+from mixtral_run.train.run_checkpoints import changed_reference
 from mixtral_run.train.steps.objective import NextToken, Objective
 from mixtral_run.weights.manifest.describe import AdapterDescription, BaseDescription
 
@@ -46,11 +47,12 @@ def prepare_references(run: Run, config: FinetuneConfig, base: BaseDescription) 
         adapter = describe_init_adapter(config, base)
         fingerprint += f" {_hash_of(adapter.folder)}" if run.mesh.is_first else ""
         as_reference = partial(_with_adapter, run.model, adapter)
-    add_references(config, fingerprint, as_reference, run.model, samples, needed, run.report)
+    why = changed_reference(run, config)
+    add_references(config, fingerprint, as_reference, run.model, samples, needed, run.report, why)
     if validation is not None:
         assert isinstance(validation, PreferenceSamples)
         whole = np.arange(len(validation))
-        add_references(config, fingerprint, as_reference, run.model, validation, whole, run.report)
+        add_references(config, fingerprint, as_reference, run.model, validation, whole, run.report, why)
     run.meter.restart()
 
 

@@ -94,6 +94,7 @@ def add_references(
     samples: PreferenceSamples,
     needed: NDArray[np.int64],
     report: Report,
+    why: str | None = None,
 ) -> None:
     """Give samples the log-probabilities of their answers by the reference. All ranks must call.
 
@@ -105,6 +106,7 @@ def add_references(
         samples: of the run; those in `needed` get their values.
         needed: numbers of samples, ascending.
         report: gets lines about what is computed, and a progress bar.
+        why: what makes this reference another one than that of the run so far; None if nothing does.
     """
     mesh = model.mesh
     file = ReferenceFile.of(config, fingerprint, model, samples)
@@ -120,6 +122,7 @@ def add_references(
     report.say(
         f"Reference: computing the log-probabilities of {len(missing):,} samples "
         f"({len(needed) - len(missing):,} are known)"
+        + (f", because the reference is another one: {why}" if why else "")
     )
     with as_reference(), report.progress(len(missing), "reference", "samples") as progress:
         for begin in range(0, len(missing), SAMPLES_BETWEEN_WRITES):

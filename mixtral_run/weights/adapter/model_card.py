@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_run import __version__
+from mixtral_run.config.former_settings import with_former
 from mixtral_run.config.names.hub_names import hub_name_and_revision, may_be_hub_name
 from mixtral_run.weights.adapter.adapter_sum import AdapterSum
 from mixtral_run.weights.adapter.checkpoint import OpenAdapter
@@ -53,7 +54,11 @@ def card_of(adapters: AdapterSum, peft: PeftDirectory, layout: str, base_name: s
         facts += [(of_several + key, value) for key, value in _training(each.adapter)]
     facts.append(("chat template", template))
     facts += _losses(adapter) if adapters.is_plain else []
-    settings = [(key, _shown(manifest.training[key])) for key in SETTINGS if manifest.training.get(key) is not None]
+    settings = [
+        (key, with_former(key, _shown(manifest.training[key]), manifest.former))
+        for key in SETTINGS
+        if manifest.training.get(key) is not None
+    ]
     lines = [*front, "---", "", "# LoRA adapter for Mixtral", "", *_table(("", ""), facts)]
     if settings and len(adapters.summands) == 1:
         lines += ["", "## Settings of the training", "", *_table(("setting", "value"), settings)]
@@ -68,9 +73,10 @@ def card_of(adapters: AdapterSum, peft: PeftDirectory, layout: str, base_name: s
 def _training(adapter: OpenAdapter) -> list[tuple[str, str]]:
     """Return what the card says of one adapter that was trained."""
     manifest, lora = adapter.manifest, adapter.lora
+    dropout = f"dropout {with_former('lora_dropout', f'{lora.dropout:g}', manifest.former)}"
     return [
         ("iteration", f"{manifest.iteration:,}"),
-        ("LoRA", f"{lora.describe()}, dropout {lora.dropout:g}, {', '.join(lora.target_modules)}"),
+        ("LoRA", f"{lora.describe()}, {dropout}, {', '.join(lora.target_modules)}"),
         ("data, SHA-256", f"`{manifest.data_sha256}`" if manifest.data_sha256 else "not recorded"),
     ]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mixtral_run.config.former_settings import FormerSettings
 from mixtral_run.errors import WeightsError
 from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.architecture import MixtralArchitecture
@@ -81,6 +82,8 @@ class AdapterDescription:
     files: Mapping[str, int] = field(default_factory=dict, kw_only=True)
     """CRC-32 of the iteration's files by name; empty if an earlier version of the kit wrote the adapter."""
     state: RunState = field(default_factory=RunState, kw_only=True)
+    former: tuple[FormerSettings, ...] = field(default=(), kw_only=True)
+    """Settings of the run that --resume changed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +102,7 @@ class TrainedDescription:
     chat_template: TemplateRecord | None
     files: Mapping[str, int]
     state: RunState
+    former: tuple[FormerSettings, ...] = ()
 
 
 def describe_base(load: Path) -> BaseDescription:
@@ -144,6 +148,7 @@ def describe_adapter(folder: Path) -> AdapterDescription:
         state=manifest.state,
         validation=manifest.validation,
         chat_template=manifest.chat_template,
+        former=manifest.former,
     )
 
 
@@ -167,6 +172,7 @@ def describe_trained(folder: Path) -> TrainedDescription:
         chat_template=manifest.chat_template,
         files=manifest.files,
         state=manifest.state,
+        former=manifest.former,
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from mixtral_run import __version__
+from mixtral_run.config.former_settings import FORMER_SETTINGS, FormerSettings, from_values
 from mixtral_run.errors import WeightsError, shortened
 from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.architecture import MixtralArchitecture
@@ -94,6 +95,7 @@ class IterationManifest(Manifest):
     state: RunState
     validation: Mapping[str, Any]
     chat_template: TemplateRecord | None
+    former: tuple[FormerSettings, ...] = ()
 
     @staticmethod
     def iteration_values(fields: Fields, *, has_checksums: bool) -> dict[str, Any]:
@@ -110,6 +112,7 @@ class IterationManifest(Manifest):
             "state": RunState.from_mapping(fields.mapping("state", default={}).values, fields.problems),
             "validation": fields.mapping("validation", default={}).values,
             "chat_template": fields.chat_template(),
+            "former": from_values(fields.values.get(FORMER_SETTINGS), fields.problems),
         }
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mixtral_run.config.data import CheckConfig
+from mixtral_run.config.former_settings import to_values
 from mixtral_run.config.verbs.align import AlignConfig
 from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import ConfigError
@@ -18,7 +21,13 @@ from mixtral_run.planner.table import workload_of as planned_workload
 from mixtral_run.planner.workload import Layout
 from mixtral_run.train.checkpoints import init_adapter
 from mixtral_run.train.preflight import _check_continues
-from mixtral_run.train.run_checkpoints import changed_draws, changed_loss
+from mixtral_run.train.run_checkpoints import (
+    changed_draws,
+    changed_loss,
+    changed_reference,
+    former_settings,
+    loss_warning,
+)
 from mixtral_run.weights.manifest.describe import BaseDescription
 from tests.multiprocess.conftest import SMALL
 
@@ -116,6 +125,59 @@ def test_a_default_that_is_written_out_is_the_same_loss() -> None:
     adapter: Any = Adapter()
     assert changed_loss(config_of(beta=0.1, loss_type="sigmoid", reference="start"), adapter) == []
     assert changed_loss(config_of(beta=0.2), adapter) == ["--beta 0.2 (was None)"]
+
+
+def resumed(now: FinetuneConfig, training: dict[str, Any], **more: Any) -> Any:
+    """Return what a checkpoint of iteration 2 with these settings makes of a run that goes on from it."""
+    values = {"iteration": 2, "validation": {}, "former": ()} | more
+    adapter: Any = SimpleNamespace(training=training, **values)
+    return SimpleNamespace(
+        start=2, former=(*adapter.former, *former_settings(now, adapter)), warning=loss_warning(now, adapter)
+    )
+
+
+@pytest.mark.parametrize("config_class", [FinetuneConfig, AlignConfig])
+def test_another_precision_is_another_loss_and_is_recorded(config_class: type[FinetuneConfig]) -> None:
+    more: Any = {"method": "dpo"} if config_class is AlignConfig else {}
+    places: Any = {"load": Path("base"), "save": Path("save"), "data_path": ("pairs.jsonl",)}
+    config = config_class(**places, **more)
+    in_8_bit = dataclasses.replace(config, attention_precision="fp8", base_precision="nf4")
+    run = resumed(config, in_8_bit.to_mapping())
+    changes = "--base-precision bf16 (was nf4), --attention-precision bf16 (was fp8)"
+    assert run.warning == f"The loss is another one than before: {changes}"
+    assert to_values(run.former) == [
+        {"iteration": 2, "settings": {"base_precision": "nf4", "attention_precision": "fp8"}}
+    ]
+    assert changed_reference(run, config) == changes
+    # The record of an earlier version, which had one precision.
+    earlier = config.to_mapping()
+    del earlier["attention_precision"], earlier["base_precision"]
+    assert resumed(config, earlier).warning is None and resumed(config, earlier).former == ()
+    assert "--attention-precision fp8 (was bf16)" in resumed(in_8_bit, earlier).warning
+    # A checkpoint after the change keeps the record of it.
+    later = resumed(config, config.to_mapping(), former=run.former)
+    assert (later.warning, later.former) == (None, run.former)
+    assert changed_reference(SimpleNamespace(start=4, former=run.former), config) is None  # type: ignore[arg-type]
+    # A run without the settings in its record at all is not compared.
+    assert resumed(in_8_bit, {}).warning is None
+
+
+def test_what_still_is_of_the_former_loss_is_named() -> None:
+    config = FinetuneConfig(
+        load=Path("base"), save=Path("save"), mock_data=True, early_stopping_patience=3, keep_best=True,
+        init_lora="pissa", attention_precision="fp8",
+    )  # fmt: skip
+    before = dataclasses.replace(config, attention_precision="bf16").to_mapping()
+    best = {"iteration": 4, "loss": 2.0, "best_iteration": 3, "best_loss": 1.5, "num_without_improvement": 1}
+    assert resumed(config, before, validation=best).warning == (
+        "The loss is another one than before: --attention-precision fp8 (was bf16). The lowest validation loss so far, "
+        "1.5000 of iteration 3, is of the former one, and --early-stopping-patience and --keep-best compare with it. "
+        "The start of --init-lora pissa stays that of the former precision"
+    )
+    kept = dataclasses.replace(config, early_stopping_patience=0, init_lora="default")
+    assert resumed(kept, before, validation=best).warning.endswith(
+        "is of the former one, and --keep-best compares with it"
+    )
 
 
 def test_other_chunks_or_micro_batches_draw_other_dropout() -> None:

@@ -66,6 +66,17 @@ def test_attention_in_8_bit_is_named(tmp_path: Path) -> None:
         assert [shown in each.text for each in page.all("p")].count(True) == 1
 
 
+def test_what_a_resumed_run_changed_is_named(tmp_path: Path) -> None:
+    former = [{"iteration": 2, "settings": {"attention_precision": "fp8", "beta": 0.1}}]
+    values = summary(base_precision="nf4", attention_precision="bf16", recompute="none", former_settings=former)
+    page = page_of(tmp_path, values)
+    shown = "base in nf4, attention in bf16 (fp8 until iteration 2), recompute none"
+    assert [shown in each.text for each in page.all("p")].count(True) == 1
+    assert dict(page.values())["former_settings.0.settings.beta"] == "0.1"
+    odd = page_of(tmp_path, {**values, "former_settings": [{"iteration": "x"}]})
+    assert not [each for each in odd.all("h3") if "--resume" in each.text]
+
+
 def test_a_summary_of_nothing_has_a_page(tmp_path: Path) -> None:
     page = page_of(tmp_path, {})
     assert not page.curves() and [each.text for each in page.all("h1")] == [tmp_path.name]

@@ -118,7 +118,12 @@ def test_a_directory_for_peft(
 def test_the_card(tmp_path: Path, base: dict[str, Any]) -> None:
     validation = {"best_loss": 1.25, "best_iteration": 1000}
     state = {"recent_losses": [2.0, 1.5], "validation_loss": 1.75}
-    adapter(tmp_path / "adapter", base, validation=validation, state=state)
+    training = {"lr": 1e-4, "seed": 3, "train_iters": 7, "data": "/secret/place", "attention_precision": "bf16"}
+    former = [
+        {"iteration": 2, "settings": {"attention_precision": "fp8", "init_adapter": "/secret/place"}},
+        {"iteration": 5, "settings": {"attention_precision": "bf16", "lora_dropout": 0.5}},
+    ]
+    adapter(tmp_path / "adapter", base, validation=validation, state=state, training=training, former_settings=former)
     (tmp_path / "adapter" / "mine").mkdir()
     config = ExportConfig(
         adapter=(str(tmp_path / "adapter"),), output_path=tmp_path / "out", format="vllm",
@@ -139,7 +144,8 @@ def test_the_card(tmp_path: Path, base: dict[str, Any]) -> None:
         "| base | a Mixtral model that was read from a directory |",
         f"| fingerprint of the base | `{base['fingerprint']}` |",
         "| iteration | 7 |",
-        "| LoRA | rank 2, alpha 3, dropout 0.25, linear_proj, linear_fc1 |",
+        "| LoRA | rank 2, alpha 3, dropout 0.25 (0.5 until iteration 5), linear_proj, linear_fc1 |",
+        "| attention_precision | bf16 (fp8 until iteration 2, bf16 until iteration 5) |",
         "| data, SHA-256 | `ab12` |",
         "| chat template | not recorded |",
         "| training loss, last | 1.5000 |",
