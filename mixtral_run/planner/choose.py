@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+from mixtral_run.config.fields import SETTINGS_ERROR
 from mixtral_run.config.launch import CONVERTED_LAYOUT, LaunchConfig
 from mixtral_run.config.lora import LORA_SHAPE
 from mixtral_run.config.verbs.generate import InferenceConfig
@@ -18,7 +19,7 @@ from mixtral_run.launch import processes
 from mixtral_run.planner.available import AvailableGpu, available_gpu, host_memory
 from mixtral_run.planner.full_plan import full_memory_error, settled_full
 from mixtral_run.planner.memory_model import EXPERT_BYTES, USABLE, USABLE_OF_HOST, fit_dispatch, host_bytes, memory
-from mixtral_run.planner.ranking import Choice, ranked
+from mixtral_run.planner.ranking import Choice, eight_bit_problems, ranked
 from mixtral_run.planner.spread import allows, needed_bytes, spread_layout
 from mixtral_run.planner.suggestions import remedies
 from mixtral_run.planner.workload import GIB, Layout, Workload
@@ -83,6 +84,12 @@ def _settled_lora(
 ) -> FinetuneConfig:
     candidates = _candidates(config, base, world_size, gpu)
     fitting = [each for each in candidates if each.fits]
+    if not candidates and not config.has_layout and config.attention_precision == "fp8":
+        plain = _candidates(dataclasses.replace(config, attention_precision="bf16"), base, world_size, gpu)
+        otherwise = {each.layout.tensor_model_parallel_size for each in plain}
+        if problems := eight_bit_problems(workload_of(config, base, world_size, gpu.compute_capability), otherwise):
+            next_command = "the same command without --attention-precision"
+            raise ConfigError(SETTINGS_ERROR, problems=problems, next_command=next_command)
     if not fitting and not config.has_layout:
         raise _refusal(config, base, world_size, gpu, "every layout", candidates)
     if not fitting:
