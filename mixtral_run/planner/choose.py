@@ -144,7 +144,7 @@ def memory_error(config: FinetuneConfig, base: BaseDescription, world_size: int)
     layout = dataclasses.replace(_layout_of(config), recompute=config.recomputation)
     workload = workload_of(config, base, world_size, gpu.compute_capability)
     if memory(fit_dispatch(workload, layout, gpu.free), layout).total <= gpu.free:
-        return _host_refusal(workload, layout)
+        return _host_refusal(workload, layout, gpu)
     anything = dataclasses.replace(
         config,
         tensor_model_parallel_size=None,
@@ -274,7 +274,7 @@ def _candidates(config: FinetuneConfig, base: BaseDescription, world_size: int, 
     ]
 
 
-def _host_refusal(workload: Workload, layout: Layout) -> ConfigError | None:
+def _host_refusal(workload: Workload, layout: Layout, gpu: AvailableGpu) -> ConfigError | None:
     """Return the error of a run whose layers' inputs do not fit into the host's RAM; None if they fit."""
     pinned, free = host_bytes(workload, layout), host_memory()
     usable = USABLE_OF_HOST * free
@@ -285,7 +285,8 @@ def _host_refusal(workload: Workload, layout: Layout) -> ConfigError | None:
         where=f"{layout}, --recompute {layout.recompute}, seq {workload.seq_length:,} × {workload.micro_batch_size}",
         expected=f"at most {usable / GIB:.1f} GiB, {USABLE_OF_HOST:.0%} of the {free / GIB:.1f} GiB that are free",
         found=f"{pinned / GIB:.1f} GiB for the layers' inputs on {min(workload.gpus, workload.gpus_per_host)} GPUs",
-        next_command=f"mixtral-run plan --gpus {workload.gpus} --gpu-memory … --host-memory {free / GIB:.0f} "
+        next_command=f"mixtral-run plan --gpus {workload.gpus} --gpu-memory {gpu.total / GIB:.0f} "
+        f"--host-memory {free / GIB:.0f} "
         f"--seq-length {workload.seq_length} --micro-batch-size {workload.micro_batch_size} --all",
     )
 
