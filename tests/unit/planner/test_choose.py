@@ -198,7 +198,10 @@ def test_a_host_without_the_ram_is_reported(on_gpus: Any) -> None:
     text = str(error)
     assert "at most 63.2 GiB, 80% of the 79.0 GiB that are free" in text
     assert "64.0 GiB for the layers' inputs on 8 GPUs" in text
-    assert memory_error(run(**layout, seq_length=24576, recompute="offload"), BASE, 8) is not None
+    refused = memory_error(run(**layout, seq_length=24576, recompute="offload"), BASE, 8)
+    assert refused is not None and refused.next_command == (
+        "mixtral-run plan --gpus 8 --gpu-memory 32 --host-memory 79 --seq-length 24576 --micro-batch-size 1 --all"
+    )
     on_gpus(8, 32, ram=81)
     assert memory_error(run(**layout, seq_length=24576, recompute="offload"), BASE, 8) is None
 
