@@ -14,10 +14,10 @@ from mixtral_run.config.verbs.training import RunConfig
 OPTIMIZERS = ("sgd", "adamw")
 NEEDS_SAVE = (
     "resume", "keep_last", "keep_best", "valid_data_path", "valid_fraction", "early_stopping_patience", "run_name",
-    "log_to", "pack", "max_loss_ratio", "skip_bad_steps", "save_in_background", "save_interval", "eval_interval",
-    "report_prompts", "report_tokens",
+    "log_to", "pack", "max_loss_ratio", "skip_bad_steps", "save_interval", "eval_interval",
 )  # fmt: skip
-"""Settings of a run that saves; without --save they would be ignored."""
+"""Settings of a run that saves; without --save they would be ignored. Those that turn off what only such a run does, as
+--no-save-in-background, are left out: they get what they ask for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +101,10 @@ class PretrainConfig(SplitRowsLaunchConfig, RunConfig):
             found.append("--offload-optimizer: expected --optimizer adamw or --save with it; sgd has no state")
         if self.save is None:
             defaults = {item.name: item.default for item in dataclasses.fields(self)}
+            given = [flag_of(name) for name in NEEDS_SAVE if getattr(self, name) != defaults[name]]
             found += [
-                f"{_flag(name)}: expected --save with it, since a run without it leaves nothing"
-                for name in NEEDS_SAVE
-                if getattr(self, name) != defaults[name]
+                f"{flag}: expected --save with it, since a run without it leaves nothing"
+                for flag in (*given, *self.flags_of_answers)
             ]
             return found
         if not self.uses_adamw:
@@ -112,8 +112,3 @@ class PretrainConfig(SplitRowsLaunchConfig, RunConfig):
         if self.metrics_file is not None:
             found.append("--metrics-file: the metrics of a run with --save are in SAVE/metrics.jsonl; leave it out")
         return found
-
-
-def _flag(name: str) -> str:
-    """Return the flag that turns a setting from its default; that of one which is on by default turns it off."""
-    return "--no-save-in-background" if name == "save_in_background" else flag_of(name)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 
 from mixtral_run.config.context import ContextLaunchConfig, chunk_problems, row_problems
 from mixtral_run.config.data import DataConfig
-from mixtral_run.config.fields import DATA, LAYOUT, LORA, MEMORY, OPTIMIZER, OUTPUT, Config, setting
+from mixtral_run.config.fields import DATA, LAYOUT, LORA, MEMORY, OPTIMIZER, OUTPUT, Config, flag_of, setting
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.lora import LoraConfig
 from mixtral_run.config.precision import AttentionPrecisionConfig
@@ -215,7 +215,7 @@ class RunConfig(CheckpointConfig, TrainingConfig):
     report_prompts: int = setting(
         2,
         help="Prompts of the validation set that are answered before the first iteration and after the last one, for "
-        "the report. 0: none.",
+        "the report. 0: none. Without a report there are none.",
         minimum=0,
         maximum=16,
         section=OUTPUT,
@@ -261,6 +261,14 @@ class RunConfig(CheckpointConfig, TrainingConfig):
         """Largest norm of the gradient; 0 if it is not clipped."""
         return self.clip_grad or 0.0
 
+    @property
+    def flags_of_answers(self) -> list[str]:
+        """The given flags of answers for the report; none if --report-prompts 0 turns the answers off."""
+        return self._given("report_prompts", "report_tokens") if self.report_prompts else []
+
+    def _given(self, *names: str) -> list[str]:
+        return [flag_of(name) for name in names if getattr(self, name) != getattr(RunConfig, name)]
+
     def problems(self) -> list[str]:
         found = super().problems()
         if self.pack and self.mock_data:
@@ -276,16 +284,15 @@ class RunConfig(CheckpointConfig, TrainingConfig):
         if self.valid_fraction and self.mock_data:
             found.append("--valid-fraction: expected --data-path; found --mock-data")
         if self.save is not None and not self.has_validation:
-            ignored = {
-                "--eval-interval": self.eval_interval != RunConfig.eval_interval,
-                "--report-prompts": self.report_prompts not in (0, RunConfig.report_prompts),
-                "--report-tokens": self.report_tokens != RunConfig.report_tokens,
-            }
             found += [
                 f"{flag}: expected --valid-data-path or --valid-fraction with it; found neither, so that it would be "
                 "ignored"
-                for flag, is_given in ignored.items()
-                if is_given
+                for flag in (*self._given("eval_interval"), *self.flags_of_answers)
+            ]
+        elif self.save is not None and not self.report:
+            found += [
+                f"{flag}: expected without --no-report, as the answers are for the report; found both"
+                for flag in self.flags_of_answers
             ]
         if self.early_stopping_patience and not self.has_validation:
             found.append(

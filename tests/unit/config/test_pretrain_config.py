@@ -10,6 +10,9 @@ import pytest
 from mixtral_run.config.verbs.pretrain import PretrainConfig
 from mixtral_run.config.verbs.training import FinetuneConfig, can_resume
 
+VALIDATED = {"save": Path("tuned"), "valid_data_path": ("v.jsonl",), "report": False}
+"""A run with a validation set and without a report, for which no prompts are answered."""
+
 
 def config(**settings: Any) -> PretrainConfig:
     return PretrainConfig(load=Path("base"), mock_data=True, **settings)
@@ -21,7 +24,11 @@ def test_defaults_follow_from_save() -> None:
     assert config(clip_grad=0.5).max_norm == 0.5 and config(save=Path("tuned"), clip_grad=0.0).max_norm == 0.0
     assert config(optimizer="adamw").uses_adamw
     assert plain.problems() == saved.problems() == []
-    assert config(save=Path("tuned"), report_prompts=0).problems() == []
+    # Nothing is ignored where answers, or copies for saves, are turned off that do not exist.
+    off: dict[str, Any]
+    for off in ({"report_prompts": 0}, {"report_prompts": 0, "report_tokens": 16}, {"save_in_background": False}):
+        assert config(save=Path("tuned"), **off).problems() == config(**off).problems() == []
+        assert config(save=Path("tuned"), report=False, **off).problems() == []
     assert config(save=Path("tuned"), context_parallel_size=2).problems() == []
 
 
@@ -34,11 +41,13 @@ def test_defaults_follow_from_save() -> None:
         ({"skip_bad_steps": 1}, "--skip-bad-steps"),
         ({"save_interval": 5}, "--save-interval"),
         ({"report_prompts": 1}, "--report-prompts"),
-        ({"save_in_background": False}, "--no-save-in-background"),
+        ({"report_tokens": 5}, "--report-tokens"),
         ({"offload_optimizer": True}, "--offload-optimizer"),
         ({"save": Path("tuned"), "eval_interval": 5}, "--eval-interval"),
         ({"save": Path("tuned"), "report_prompts": 5}, "--report-prompts"),
         ({"save": Path("tuned"), "report_tokens": 5}, "--report-tokens"),
+        ({**VALIDATED, "report_prompts": 5}, "--report-prompts"),
+        ({**VALIDATED, "report_tokens": 16}, "--report-tokens"),
         ({"save": Path("tuned"), "optimizer": "sgd"}, "--optimizer"),
         ({"context_parallel_size": 2}, "--context-parallel-size"),
         ({"save": Path("tuned"), "context_parallel_size": 2, "router_aux_loss": 0.1}, "--context-parallel-size"),
