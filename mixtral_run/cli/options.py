@@ -128,11 +128,11 @@ def merged_config(
 
 
 def _report_unused(unused: Mapping[str, str]) -> None:
-    """Say which settings are not used, and what each of them needs; once for a job of several processes."""
+    """Say which settings are not used, and why; once for a job of several processes."""
     from mixtral_run.launch import processes
 
-    for name, needs in unused.items() if processes.rank() == 0 else ():
-        click.echo(f"! {flag_of(name)} is not used: it needs {needs}", err=True)
+    for name, why in unused.items() if processes.rank() == 0 else ():
+        click.echo(f"! {flag_of(name)} is not used: {why}", err=True)
 
 
 def _with_words(config_class: type[Config], flags: dict[str, Any]) -> dict[str, Any]:

@@ -148,7 +148,7 @@ class Config:
         return False
 
     def unused(self) -> dict[str, str]:
-        """Return the settings that were changed but would be ignored, and what each of them needs.
+        """Return the settings that were changed but would be ignored, and why: what was expected, and found.
 
         Only settings without which the result is the same. `problems` has a line for each of them.
         """
@@ -158,12 +158,12 @@ class Config:
     def without_unused(
         cls, values: Mapping[str, Any], flags: Collection[str] = ()
     ) -> tuple[dict[str, Any], dict[str, str]]:
-        """Return JSON values without those that would be ignored, and what each of these needs.
+        """Return JSON values without those that would be ignored, and why each of these would.
 
         flags: names that were given on the command line. For new work these stay, so that they are refused.
         """
         rest, _ = cls.rest_of(values)
-        unused = {name: needs for name, needs in rest.unused().items() if rest.continues or name not in flags}
+        unused = {name: why for name, why in rest.unused().items() if rest.continues or name not in flags}
         return {name: value for name, value in values.items() if name not in unused}, unused
 
     def to_json(self) -> str:

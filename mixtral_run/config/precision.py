@@ -9,6 +9,8 @@ from mixtral_run.config.lora import LoraShapeConfig
 
 BASE_PRECISIONS = ("bf16", "fp8", "nf4")
 """Storage of the frozen experts: in the model's dtype (bf16), in 8 bit (fp8) or in 4 bit (nf4)."""
+QUANTIZED_CACHE_MODES = ("yes", "use", "no")
+"""Use of the cache of quantized experts: read it or create it, only read it, ignore it."""
 ATTENTION_PRECISIONS = ("bf16", "fp8")
 """Storage of the frozen projections of attention and of the output layer: in the model's dtype (bf16), or in 8 bit."""
 

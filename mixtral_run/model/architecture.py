@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,12 @@ class MixtralArchitecture:
         tp = tensor_model_parallel_size
         split = (self.qkv_size, self.projection_size, self.padded_vocab_size(tp))
         return self.hidden_size, *(size // tp for size in split)
+
+    def aligned_tensor_sizes(self, multiple: int) -> list[int]:
+        """Return the sizes of TP over which the model can be split so that all `attention_widths` have this factor."""
+        shared = math.gcd(self.num_attention_heads, self.num_query_groups)
+        sizes = (each for each in range(1, shared + 1) if shared % each == 0)
+        return [each for each in sizes if not any(width % multiple for width in self.attention_widths(each))]
 
     @property
     def num_parameters(self) -> int:

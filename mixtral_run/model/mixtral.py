@@ -28,7 +28,7 @@ from mixtral_run.model.experts import Experts
 from mixtral_run.model.kernels.cache import copy_from_image
 from mixtral_run.model.kernels.grouped_mm import has_grouped_product
 from mixtral_run.model.kernels.loss.cross_entropy import cross_entropy, has_cross_entropy
-from mixtral_run.model.kernels.requirements import attention_problems, kernel_problems
+from mixtral_run.model.kernels.requirements import EIGHT_BIT_ALIGNMENT, attention_problems, kernel_problems
 from mixtral_run.model.kernels.selected import capability_of, select
 from mixtral_run.model.layer import LayerInputs, MixtralLayer
 from mixtral_run.model.norm import RMSNorm
@@ -351,7 +351,8 @@ def build_model(architecture: MixtralArchitecture, settings: ModelSettings, mesh
     problems = kernel_problems(capability, settings.kernels)
     if settings.attention_precision == "fp8":
         widths = architecture.attention_widths(mesh.tensor_size)
-        problems += attention_problems(capability, settings.kernels, settings.dtype.itemsize, widths)
+        able = architecture.aligned_tensor_sizes(EIGHT_BIT_ALIGNMENT)
+        problems += attention_problems(capability, settings.kernels, settings.dtype.itemsize, widths, able)
     if problems:
         raise ConfigError(SETTINGS_ERROR, problems=problems)
     select(settings.kernels)

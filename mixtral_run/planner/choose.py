@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+from mixtral_run.config.fields import SETTINGS_ERROR
 from mixtral_run.config.launch import CONVERTED_LAYOUT, LaunchConfig
 from mixtral_run.config.lora import LORA_SHAPE
 from mixtral_run.config.verbs.generate import InferenceConfig
@@ -18,7 +19,7 @@ from mixtral_run.launch import processes
 from mixtral_run.planner.available import AvailableGpu, available_gpu, host_memory
 from mixtral_run.planner.full_plan import full_memory_error, settled_full
 from mixtral_run.planner.memory_model import EXPERT_BYTES, USABLE, USABLE_OF_HOST, fit_dispatch, host_bytes, memory
-from mixtral_run.planner.ranking import Choice, ranked
+from mixtral_run.planner.ranking import Choice, eight_bit_problems, ranked
 from mixtral_run.planner.spread import allows, needed_bytes, spread_layout
 from mixtral_run.planner.suggestions import remedies
 from mixtral_run.planner.workload import GIB, Layout, Workload
@@ -83,6 +84,12 @@ def _settled_lora(
 ) -> FinetuneConfig:
     candidates = _candidates(config, base, world_size, gpu)
     fitting = [each for each in candidates if each.fits]
+    if not candidates and not config.has_layout and config.attention_precision == "fp8":
+        plain = _candidates(dataclasses.replace(config, attention_precision="bf16"), base, world_size, gpu)
+        otherwise = {each.layout.tensor_model_parallel_size for each in plain}
+        if problems := eight_bit_problems(workload_of(config, base, world_size, gpu.compute_capability), otherwise):
+            next_command = "the same command without --attention-precision"
+            raise ConfigError(SETTINGS_ERROR, problems=problems, next_command=next_command)
     if not fitting and not config.has_layout:
         raise _refusal(config, base, world_size, gpu, "every layout", candidates)
     if not fitting:
@@ -137,7 +144,7 @@ def memory_error(config: FinetuneConfig, base: BaseDescription, world_size: int)
     layout = dataclasses.replace(_layout_of(config), recompute=config.recomputation)
     workload = workload_of(config, base, world_size, gpu.compute_capability)
     if memory(fit_dispatch(workload, layout, gpu.free), layout).total <= gpu.free:
-        return _host_refusal(workload, layout)
+        return _host_refusal(workload, layout, gpu)
     anything = dataclasses.replace(
         config,
         tensor_model_parallel_size=None,
@@ -267,7 +274,7 @@ def _candidates(config: FinetuneConfig, base: BaseDescription, world_size: int, 
     ]
 
 
-def _host_refusal(workload: Workload, layout: Layout) -> ConfigError | None:
+def _host_refusal(workload: Workload, layout: Layout, gpu: AvailableGpu) -> ConfigError | None:
     """Return the error of a run whose layers' inputs do not fit into the host's RAM; None if they fit."""
     pinned, free = host_bytes(workload, layout), host_memory()
     usable = USABLE_OF_HOST * free
@@ -278,7 +285,8 @@ def _host_refusal(workload: Workload, layout: Layout) -> ConfigError | None:
         where=f"{layout}, --recompute {layout.recompute}, seq {workload.seq_length:,} × {workload.micro_batch_size}",
         expected=f"at most {usable / GIB:.1f} GiB, {USABLE_OF_HOST:.0%} of the {free / GIB:.1f} GiB that are free",
         found=f"{pinned / GIB:.1f} GiB for the layers' inputs on {min(workload.gpus, workload.gpus_per_host)} GPUs",
-        next_command=f"mixtral-run plan --gpus {workload.gpus} --gpu-memory … --host-memory {free / GIB:.0f} "
+        next_command=f"mixtral-run plan --gpus {workload.gpus} --gpu-memory {gpu.total / GIB:.0f} "
+        f"--host-memory {free / GIB:.0f} "
         f"--seq-length {workload.seq_length} --micro-batch-size {workload.micro_batch_size} --all",
     )
 

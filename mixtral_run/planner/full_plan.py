@@ -74,7 +74,12 @@ def full_memory_error(config: PretrainConfig, workload: Workload, gpu: Available
         )
         if each.fits
     ]
-    more = f"mixtral-run plan --full --gpus {2 * workload.gpus} …, for more GPUs; or LoRA, with mixtral-run finetune"
+    kept = config.flags({"load", "context_parallel_size", "kernels"})
+    plan = (
+        f"mixtral-run plan --full --gpus {2 * workload.gpus} --gpu-memory {gpu.total / GIB:.0f} --seq-length "
+        f"{config.seq_length} --micro-batch-size {config.micro_batch_size}"
+    )
+    more = f"{' '.join([plan, *kept])}, for more GPUs; or LoRA, with mixtral-run finetune"
     if others:
         more = others[0].layout.flags() + (" --offload-optimizer" if others[0].offload else "")
     return ConfigError(

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from typing import Any
 
+from mixtral_run.config.gpus import GPUS_PER_HOST
 from mixtral_run.config.verbs.plan import PlanConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.planner.full_memory import FullChoice, full_choices, full_copy_bytes
@@ -19,6 +20,9 @@ SHORT_PARTS = {
     "training": ("gradients", "optimizer"),
     "other": ("activations", "buffers", "context"),
 }
+
+MAX_FULL_GPUS = 256
+"""Most GPUs that are suggested for full fine-tuning."""
 
 
 def show_full_plan(config: PlanConfig, workload: Workload, gpu_memory_gib: float, host: float) -> None:
@@ -53,7 +57,7 @@ def show_full_plan(config: PlanConfig, workload: Workload, gpu_memory_gib: float
             offload = " --offload-optimizer" if best.offload else ""
             report.say(f"  next: mixtral-run pretrain … --save … {best.layout.flags()}{offload}{settings}")
     if not any(each.fits for each in choices):
-        raise no_fit(choices, workload, gpu_memory_gib, host)
+        raise no_fit(config, choices, workload, gpu_memory_gib, host)
 
 
 def _copy_line(num_bytes: float, best: FullChoice, host: float) -> str:
@@ -64,8 +68,10 @@ def _copy_line(num_bytes: float, best: FullChoice, host: float) -> str:
     return f"the training waits for each save: a host's RAM lacks the {copy} more that saves in the background take"
 
 
-def no_fit(choices: list[FullChoice], workload: Workload, gpu_memory_gib: float, host: float) -> ConfigError:
-    """Return the error of a plan in which nothing fits."""
+def no_fit(
+    config: PlanConfig, choices: list[FullChoice], workload: Workload, gpu_memory_gib: float, host: float
+) -> ConfigError:
+    """Return the error of a plan in which nothing fits. Its next step is the same plan with the GPUs that it takes."""
     found = "no layout that splits the model and the sequence over these GPUs"
     if choices:
         smallest = min(choices, key=lambda each: each.memory.total)
@@ -73,13 +79,31 @@ def no_fit(choices: list[FullChoice], workload: Workload, gpu_memory_gib: float,
             f"{smallest.memory.total / GIB:.1f} GiB with {smallest.layout}, --recompute {smallest.layout.recompute}, "
             f"the smallest, and {smallest.host_bytes / GIB:.1f} GiB of a host's RAM"
         )
+    lora = "the same command without --full, for LoRA"
+    more = _plan_with_more_gpus(config, workload, gpu_memory_gib, host)
     limit = f", {USABLE_OF_HOST:.0%} of {host / GIB:.0f} GiB of a host's RAM" if host != float("inf") else ""
     return ConfigError(
         "No layout of full fine-tuning fits.",
         expected=f"at most {USABLE:.0%} of {gpu_memory_gib:.4g} GiB on each of {workload.gpus} GPUs{limit}",
         found=found,
-        next_command=f"mixtral-run plan --full --gpus {2 * workload.gpus} …; or LoRA, with mixtral-run finetune",
+        next_command=f"{more}, which fits; or {lora}" if more else lora,
     )
+
+
+def _plan_with_more_gpus(config: PlanConfig, workload: Workload, gpu_memory_gib: float, host: float) -> str | None:
+    """Return the command of this plan with more GPUs of a host, or with more hosts; None if these do not help."""
+    larger = config
+    while 2 * larger.gpus * larger.hosts <= MAX_FULL_GPUS:
+        if larger.hosts > 1 or larger.gpus <= GPUS_PER_HOST < 2 * larger.gpus:
+            larger = dataclasses.replace(larger, hosts=2 * larger.hosts)
+        else:
+            larger = dataclasses.replace(larger, gpus=2 * larger.gpus)
+        given = dataclasses.replace(workload, gpus=larger.gpus * larger.hosts, gpus_per_host=larger.gpus)
+        choices = full_choices(given, gpu_memory_gib * GIB, host, accumulates=True)
+        if choices and choices[0].fits:
+            kept = {item.name for item in dataclasses.fields(config)} - {"json"}
+            return " ".join(["mixtral-run plan", *larger.flags(kept)])
+    return None
 
 
 def _row(choice: FullChoice, columns: dict[str, tuple[str, ...]]) -> tuple[str, ...]:

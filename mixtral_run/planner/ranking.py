@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from mixtral_run.config.context import EXPERT_CHUNK_TOKENS, row_multiple
 from mixtral_run.config.verbs.training import RECOMPUTE, RUNS_AGAIN
+from mixtral_run.model.kernels.requirements import EIGHT_BIT_ALIGNMENT, attention_problems
 from mixtral_run.planner.memory_model import USABLE, USABLE_OF_HOST, execution, fit_dispatch, host_bytes, memory
 from mixtral_run.planner.workload import Layout, Memory, Workload
 
@@ -38,12 +39,18 @@ class Choice:
 
 
 def layouts(workload: Workload, context: int = 1) -> Iterator[Layout]:
-    """Yield every layout with this CP that the model, the length of a row and the number of GPUs allow."""
+    """Yield every layout with this CP that the model, the length of a row and the number of GPUs allow.
+
+    With attention in 8 bit these are layouts whose parts of its weights can be multiplied in 8 bit.
+    """
     shape, gpus = workload.architecture, workload.gpus
+    in_8_bit = workload.attention_precision == "fp8"
+    able = shape.aligned_tensor_sizes(EIGHT_BIT_ALIGNMENT) if in_8_bit else _divisors(gpus)
     for tp in _divisors(gpus):
         for ep in _divisors(gpus):
             if (
-                shape.layout_problems(tp, ep)
+                tp not in able
+                or shape.layout_problems(tp, ep)
                 or workload.seq_length % row_multiple(tp, context)
                 or gpus % (tp * context)
             ):
@@ -52,6 +59,17 @@ def layouts(workload: Workload, context: int = 1) -> Iterator[Layout]:
                 layout = Layout(tp, ep, recompute, context)
                 for chunks in _chunks(workload, layout):
                     yield dataclasses.replace(layout, expert_chunks=chunks)
+
+
+def eight_bit_problems(workload: Workload, otherwise: Collection[int]) -> list[str]:
+    """Return why attention in 8 bit cannot be used on these GPUs, or with any layout.
+
+    otherwise: the sizes of TP that would be possible without it.
+    """
+    able = workload.architecture.aligned_tensor_sizes(EIGHT_BIT_ALIGNMENT)
+    none = otherwise and not {*able}.intersection(otherwise)
+    widths = workload.architecture.attention_widths(min(otherwise)) if none else ()
+    return attention_problems(workload.compute_capability, workload.kernels, workload.weight_bytes, widths, able)
 
 
 def _chunks(workload: Workload, layout: Layout) -> list[int]:
@@ -65,6 +83,17 @@ def _chunks(workload: Workload, layout: Layout) -> list[int]:
 
 def _divisors(number: int) -> list[int]:
     return [each for each in range(1, number + 1) if number % each == 0]
+
+
+def contexts(workload: Workload) -> list[int]:
+    """Return the numbers of ranks (CP) that may share a row, the one that is tried first at the beginning."""
+    given = workload.context_parallel_size
+    return _divisors(workload.gpus) if given is None else [given]
+
+
+def tensor_sizes(workload: Workload) -> set[int]:
+    """Return the sizes of TP of all layouts."""
+    return {each.tensor_model_parallel_size for context in contexts(workload) for each in layouts(workload, context)}
 
 
 def relative_speed(workload: Workload, layout: Layout) -> float:
@@ -133,7 +162,7 @@ def ranked(workload: Workload, gpu_memory: float, host_memory: float = math.inf)
     """
     choices = _choices(workload, workload.context_parallel_size or 1, gpu_memory, host_memory)
     if workload.context_parallel_size is None and not any(each.fits for each in choices):
-        for context in _divisors(workload.gpus)[1:]:
+        for context in contexts(workload)[1:]:
             choices += _choices(workload, context, gpu_memory, host_memory)
     return sorted(
         choices,

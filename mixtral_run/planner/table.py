@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_run.config.fields import SETTINGS_ERROR
-from mixtral_run.config.gpus import DEFAULT_MEMORY_GIB, GPU_MODELS, HOPPER
+from mixtral_run.config.gpus import DEFAULT_MEMORY_GIB, GPU_MODELS, GPUS_PER_HOST, HOPPER
 from mixtral_run.config.lora import LORA_SHAPE
 from mixtral_run.config.verbs.align import rows_per_sample
 from mixtral_run.config.verbs.plan import PlanConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.model.architecture import MIXTRAL_8X7B
-from mixtral_run.model.kernels.requirements import attention_problems, kernel_problems
+from mixtral_run.model.kernels.requirements import kernel_problems
 from mixtral_run.planner.available import local_gpu
 from mixtral_run.planner.full_table import show_full_plan
 from mixtral_run.planner.memory_model import EXPERT_BYTES, USABLE, USABLE_OF_HOST, saved_copy_bytes
-from mixtral_run.planner.ranking import Choice, faster_micro_batch, ranked
+from mixtral_run.planner.ranking import Choice, eight_bit_problems, faster_micro_batch, ranked, tensor_sizes
 from mixtral_run.planner.scaling_table import scaling, show_scaling
-from mixtral_run.planner.suggestions import remedies
+from mixtral_run.planner.suggestions import MAX_GPUS, remedies
 from mixtral_run.planner.workload import GIB, Workload
 from mixtral_run.terminal.report import Report
 from mixtral_run.weights.hf.hub import HubModel, ask, is_on_hub, resolve
@@ -64,9 +64,8 @@ def show_plan(config: PlanConfig) -> None:
         raise ConfigError(SETTINGS_ERROR, problems=problems, next_command="the same command without --kernels")
     workload = workload_of(config, gpu)
     if config.attention_precision == "fp8":
-        widths = workload.architecture.attention_widths(1)
-        problems = attention_problems(gpu.compute_capability, config.kernels, workload.weight_bytes, widths)
-        if problems:
+        otherwise = tensor_sizes(dataclasses.replace(workload, attention_precision="bf16"))
+        if problems := eight_bit_problems(workload, otherwise):
             next_command = "the same command without --attention-precision"
             raise ConfigError(SETTINGS_ERROR, problems=problems, next_command=next_command)
     host = config.host_memory * GIB if config.host_memory is not None else math.inf
@@ -95,7 +94,8 @@ def show_plan(config: PlanConfig) -> None:
             show_scaling(config, workload, choices[0])
     if not any(each.fits for each in choices):
         where = "the GPU" if config.gpus == 1 else f"each of {config.gpus} GPUs"
-        changes = remedies(workload, gpu.memory_gib * GIB, host)
+        most_gpus = MAX_GPUS if config.hosts == 1 else GPUS_PER_HOST
+        changes = remedies(workload, gpu.memory_gib * GIB, host, most_gpus)
         raise ConfigError(
             "No layout fits.",
             expected=f"at most {USABLE:.0%} of {gpu.memory_gib:g} GiB on {where}"

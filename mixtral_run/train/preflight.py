@@ -15,7 +15,7 @@ from mixtral_run.config.verbs.training import FinetuneConfig, RunConfig, Trainin
 from mixtral_run.errors import ConfigError, MixtralRunError, joined
 from mixtral_run.launch import processes
 from mixtral_run.model.adapters.lora_settings import LoraSettings
-from mixtral_run.model.kernels.requirements import attention_problems, kernel_problems
+from mixtral_run.model.kernels.requirements import EIGHT_BIT_ALIGNMENT, attention_problems, kernel_problems
 from mixtral_run.planner.available import available_gpu
 from mixtral_run.planner.choose import settled, training_memory_error, weight_bytes_each
 from mixtral_run.planner.memory_model import SAVED_TENSORS
@@ -315,8 +315,9 @@ def layout_problems(config: LaunchConfig, base: BaseDescription) -> list[str]:
         capability = gpu.compute_capability if gpu is not None else None
         problems += kernel_problems(capability, config.kernels)
         if in_8_bit and not problems:
-            widths = base.architecture.attention_widths(config.layout_sizes[0] if config.has_layout else 1)
-            problems += attention_problems(capability, config.kernels, weight_bytes_each(config, base), widths)
+            widths = base.architecture.attention_widths(config.layout_sizes[0]) if config.has_layout else ()
+            able = base.architecture.aligned_tensor_sizes(EIGHT_BIT_ALIGNMENT)
+            problems += attention_problems(capability, config.kernels, weight_bytes_each(config, base), widths, able)
     return problems
 
 

@@ -110,9 +110,16 @@ class PlanConfig(KernelsConfig, AttentionPrecisionConfig, ContextConfig):
                 "--context-parallel-size: expected 1 with --method, since `align` needs whole rows; found "
                 f"{self.context_parallel_size}"
             )
-        context, gpus = max(self.context_parallel_size or 1, 1), self.gpus * self.hosts
+        context = max(self.context_parallel_size or 1, 1)
+        # LoRA is planned on one host, and data parallel over hosts; the state of --full is shared over all of them.
+        gpus = self.gpus * (self.hosts if self.full else 1)
         if gpus % context:
-            found.append(f"--context-parallel-size: expected a divisor of {gpus}, the GPUs of the job; found {context}")
+            of_host = self.hosts > 1 and not self.full
+            found.append(
+                f"--context-parallel-size: expected a divisor of {gpus}, the GPUs of "
+                f"{'one host, on which --hosts plans each row' if of_host else 'the job'}; found {context}"
+                + (f"; --gpus {self.gpus * self.hosts} without --hosts splits rows over all of them" if of_host else "")
+            )
         found += row_problems(self.seq_length, 1, context)
         tokens = self.micro_batch_size * rows_per_sample(self.method) * self.seq_length // context
         found += chunk_problems(self.expert_chunks, tokens)

@@ -14,12 +14,13 @@ from mixtral_run.config.verbs.training import RunConfig
 OPTIMIZERS = ("sgd", "adamw")
 NEEDS_SAVE = (
     "resume", "keep_last", "keep_best", "valid_data_path", "valid_fraction", "early_stopping_patience", "run_name",
-    "log_to", "pack", "max_loss_ratio", "skip_bad_steps", "save_in_background", "save_interval", "eval_interval",
-    "report_prompts", "report_tokens",
+    "log_to", "pack", "max_loss_ratio", "skip_bad_steps",
 )  # fmt: skip
-"""Settings of a run that saves; without --save they would be ignored."""
-HARMLESS = NEEDS_SAVE[-4:]
-"""Those without which a run without --save is the same: when something is saved and shown, and how much."""
+"""Settings of a run that saves; without --save they would be ignored. Those that turn off what only such a run does, as
+--no-save-in-background, are left out: they get what they ask for."""
+HARMLESS = ("save_interval", "eval_interval")
+"""Further settings of a run that saves, without which a run without --save is the same."""
+_WHY = "expected --save with it, since a run without it leaves nothing"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +101,7 @@ class PretrainConfig(SplitRowsLaunchConfig, RunConfig):
     def unused(self) -> dict[str, str]:
         if self.save is not None:
             return super().unused()
-        defaults = self.defaults()
-        return {name: "--save" for name in HARMLESS if getattr(self, name) != defaults[name]}
+        return dict.fromkeys((*self._given(*HARMLESS), *self.answers_given), _WHY)
 
     def problems(self) -> list[str]:
         found = super().problems()
@@ -109,19 +109,11 @@ class PretrainConfig(SplitRowsLaunchConfig, RunConfig):
             found.append("--offload-optimizer: expected --optimizer adamw or --save with it; sgd has no state")
         if self.save is None:
             defaults = {item.name: item.default for item in dataclasses.fields(self)}
-            found += [
-                f"{_flag(name)}: expected --save with it, since a run without it leaves nothing"
-                for name in NEEDS_SAVE
-                if getattr(self, name) != defaults[name]
-            ]
+            given = [name for name in NEEDS_SAVE if getattr(self, name) != defaults[name]]
+            found += [f"{flag_of(name)}: {_WHY}" for name in given]
             return found
         if not self.uses_adamw:
             found.append(f"--optimizer: expected adamw with --save; found {self.optimizer}")
         if self.metrics_file is not None:
             found.append("--metrics-file: the metrics of a run with --save are in SAVE/metrics.jsonl; leave it out")
         return found
-
-
-def _flag(name: str) -> str:
-    """Return the flag that turns a setting from its default; that of one which is on by default turns it off."""
-    return "--no-save-in-background" if name == "save_in_background" else flag_of(name)

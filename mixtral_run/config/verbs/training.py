@@ -12,11 +12,8 @@ from mixtral_run.config.data import DataConfig
 from mixtral_run.config.fields import DATA, LAYOUT, LORA, MEMORY, OPTIMIZER, OUTPUT, Config, flag_of, setting
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.lora import LoraConfig
-from mixtral_run.config.precision import BASE_PRECISIONS, AttentionPrecisionConfig
+from mixtral_run.config.precision import BASE_PRECISIONS, QUANTIZED_CACHE_MODES, AttentionPrecisionConfig
 from mixtral_run.config.schedule import ScheduleConfig
-
-QUANTIZED_CACHE_MODES = ("yes", "use", "no")
-"""Use of the cache of quantized experts: read it or create it, only read it, ignore it."""
 
 LOGGERS = ("wandb", "mlflow")
 """Services that --log-to names."""
@@ -212,7 +209,7 @@ class RunConfig(CheckpointConfig, TrainingConfig):
     report_prompts: int = setting(
         2,
         help="Prompts of the validation set that are answered before the first iteration and after the last one, for "
-        "the report. 0: none.",
+        "the report. 0: none. Without a report there are none.",
         minimum=0,
         maximum=16,
         section=OUTPUT,
@@ -247,14 +244,13 @@ class RunConfig(CheckpointConfig, TrainingConfig):
         return self.resume is not None
 
     def unused(self) -> dict[str, str]:
-        if self.save is None or self.has_validation:
+        if self.save is None:
             return {}
-        changed = {
-            "eval_interval": self.eval_interval != RunConfig.eval_interval,
-            "report_prompts": self.report_prompts not in (0, RunConfig.report_prompts),
-            "report_tokens": self.report_tokens != RunConfig.report_tokens,
-        }
-        return {name: "--valid-data-path or --valid-fraction" for name, is_changed in changed.items() if is_changed}
+        if not self.has_validation:
+            why = "expected --valid-data-path or --valid-fraction with it; found neither, so that it would be ignored"
+            return dict.fromkeys((*self._given("eval_interval"), *self.answers_given), why)
+        why = "expected without --no-report, as the answers are for the report; found both"
+        return {} if self.report else dict.fromkeys(self.answers_given, why)
 
     @property
     def has_validation(self) -> bool:
@@ -273,6 +269,14 @@ class RunConfig(CheckpointConfig, TrainingConfig):
         """Largest norm of the gradient; 0 if it is not clipped."""
         return self.clip_grad or 0.0
 
+    @property
+    def answers_given(self) -> list[str]:
+        """The given settings of answers for the report; none if --report-prompts 0 turns the answers off."""
+        return self._given("report_prompts", "report_tokens") if self.report_prompts else []
+
+    def _given(self, *names: str) -> list[str]:
+        return [name for name in names if getattr(self, name) != getattr(RunConfig, name)]
+
     def problems(self) -> list[str]:
         found = super().problems()
         if self.pack and self.mock_data:
@@ -287,10 +291,7 @@ class RunConfig(CheckpointConfig, TrainingConfig):
             found.append("--valid-fraction and --valid-data-path: expected one of them; found both")
         if self.valid_fraction and self.mock_data:
             found.append("--valid-fraction: expected --data-path; found --mock-data")
-        found += [
-            f"{flag_of(name)}: expected {needs} with it; found neither, so that it would be ignored"
-            for name, needs in RunConfig.unused(self).items()
-        ]
+        found += [f"{flag_of(name)}: {why}" for name, why in self.unused().items()]
         if self.early_stopping_patience and not self.has_validation:
             found.append(
                 "--early-stopping-patience: expected --valid-data-path or --valid-fraction, whose loss decides; found "

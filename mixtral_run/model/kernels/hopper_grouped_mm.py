@@ -118,7 +118,7 @@ def grouped_product(
         offsets: see grouped_mm.py.
         adapter: inner [tokens, r] and [experts, r, n], or, if `transposed`, [experts, n, r].
 
-    All are bf16 and contiguous, of sizes that `fits` accepts.
+    All are bf16 and contiguous, of sizes that `fits` accepts, with one row at least.
     """
     experts = matrices.shape[0]
     width = matrices.shape[1] if transposed else matrices.shape[2]
@@ -154,18 +154,20 @@ def scaled_product(
         offsets: see grouped_mm.py.
         adapter: inner [tokens, r] and [experts, r, n], bf16; only if not `transposed`.
 
-    All are contiguous, of sizes that `fits` accepts.
+    All are contiguous, of sizes that `fits` accepts, with one row at least.
     """
     assert scales is None if not transposed else adapter is None
     experts, above, below = matrices.shape
+    base = _operands(small, matrices, transposed)
     inner, half = adapter if adapter is not None else (None, None)
     return _product(
         small,
         experts,
         above if transposed else below,
         offsets,
-        base=_operands(small, matrices, transposed),
-        adapter=_Operands(_Map(), _boxes(inner if inner is not None else small)),
+        base=base,
+        # All maps are prefetched, also those that are not read.
+        adapter=_Operands(base.left, _boxes(inner) if inner is not None else base.right),
         rank=inner.shape[1] if inner is not None else 0,
         transposed=transposed,
         row_scales=row_scales.data_ptr(),
@@ -178,8 +180,6 @@ def _product(rows: Tensor, experts: int, width: int, offsets: Tensor, *, transpo
     """Launch the kernel of the rows' dtype with these parameters and those of the machine."""
     tokens, depth = rows.shape
     output = torch.empty(tokens, width, dtype=torch.bfloat16, device=rows.device)
-    if tokens == 0:
-        return output
     bits = 8 * rows.element_size()
     pairs = _pairs(rows.device, bits)
     parts, counters = _workspace(rows.device, pairs)

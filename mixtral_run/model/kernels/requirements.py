@@ -65,7 +65,11 @@ def kernel_problems(capability: Capability | None, kernels: str) -> list[str]:
 
 
 def attention_problems(
-    capability: Capability | None, kernels: str, element_bytes: int, widths: Sequence[int]
+    capability: Capability | None,
+    kernels: str,
+    element_bytes: int,
+    widths: Sequence[int],
+    tensor_sizes: Sequence[int] = (),
 ) -> list[str]:
     """Return why --attention-precision fp8 cannot be used on a GPU. On a CPU the weights are dequantized.
 
@@ -74,6 +78,7 @@ def attention_problems(
         kernels: the value of --kernels.
         element_bytes: bytes of an activation.
         widths: sides of the weights of a process.
+        tensor_sizes: the sizes of TP with which this model's sides can be multiplied in 8 bit.
     """
     if capability is None:
         return []
@@ -93,7 +98,12 @@ def attention_problems(
     if odd := sorted({width for width in widths if width % EIGHT_BIT_ALIGNMENT}):
         found.append(
             f"{flag}: expected weights whose sides on a GPU are multiples of {EIGHT_BIT_ALIGNMENT}; found "
-            f"{', '.join(map(str, odd))}"
+            f"{', '.join(map(str, odd))}; "
+            + (
+                f"{' or '.join(f'--tensor-model-parallel-size {size}' for size in tensor_sizes)} makes them so"
+                if tensor_sizes
+                else "no --tensor-model-parallel-size makes them so"
+            )
         )
     return found
 

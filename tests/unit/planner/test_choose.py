@@ -9,15 +9,17 @@ import pytest
 
 from mixtral_run.config.gpus import HOPPER
 from mixtral_run.config.verbs.generate import GenerateConfig
+from mixtral_run.config.verbs.plan import PlanConfig
 from mixtral_run.config.verbs.pretrain import PretrainConfig
 from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.model.architecture import MIXTRAL_8X7B
-from mixtral_run.planner import available, choose
+from mixtral_run.planner import available, choose, table
 from mixtral_run.planner.available import AvailableGpu
 from mixtral_run.planner.choose import memory_error, settled
 from mixtral_run.planner.memory_model import CONTEXT
 from mixtral_run.planner.workload import GIB
+from mixtral_run.train import preflight
 from mixtral_run.weights.manifest.describe import BaseDescription, describe_base
 
 BASE = BaseDescription(Path("base"), MIXTRAL_8X7B, "bfloat16", "f")
@@ -196,7 +198,10 @@ def test_a_host_without_the_ram_is_reported(on_gpus: Any) -> None:
     text = str(error)
     assert "at most 63.2 GiB, 80% of the 79.0 GiB that are free" in text
     assert "64.0 GiB for the layers' inputs on 8 GPUs" in text
-    assert memory_error(run(**layout, seq_length=24576, recompute="offload"), BASE, 8) is not None
+    refused = memory_error(run(**layout, seq_length=24576, recompute="offload"), BASE, 8)
+    assert refused is not None and refused.next_command == (
+        "mixtral-run plan --gpus 8 --gpu-memory 32 --host-memory 79 --seq-length 24576 --micro-batch-size 1 --all"
+    )
     on_gpus(8, 32, ram=81)
     assert memory_error(run(**layout, seq_length=24576, recompute="offload"), BASE, 8) is None
 
@@ -330,3 +335,29 @@ def test_a_run_on_older_gpus_is_planned_as_it_runs(on_gpus: Any, capsys: pytest.
         on_gpus(8, 39.4, capability=capability)
         assert settled(config).recompute == "none"
         assert f"Plan: TP1/EP8, recompute none: {needed} of 39.4 GiB a GPU" in capsys.readouterr().out
+
+
+def test_attention_in_8_bit_gets_a_layout_that_can_or_an_error_that_names_one(
+    on_gpus: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """32,002 words are 16,001 on each rank of TP2; of TP4 they are padded to 8,064."""
+    odd = dataclasses.replace(BASE, architecture=dataclasses.replace(MIXTRAL_8X7B, vocab_size=32002))
+    on_gpus(4, 139.8)
+    assert settled(run(attention_precision="fp8"), odd).layout_sizes[0] == 4
+    assert settled(run(attention_precision="fp8"), BASE).layout_sizes[0] == 1
+    monkeypatch.setattr(table, "describe_base", lambda _: odd)
+    plan = PlanConfig(load=Path("base"), gpu="h200", attention_precision="fp8", gpus=4, json=True)
+    table.show_plan(plan)
+    found = "found 32002; --tensor-model-parallel-size 4 or --tensor-model-parallel-size 8 makes them so"
+    with pytest.raises(ConfigError, match=found):
+        settled(run(attention_precision="fp8", tensor_model_parallel_size=1), odd)
+    on_gpus(2, 139.8)
+    with pytest.raises(ConfigError, match=found):
+        settled(run(attention_precision="fp8"), odd)
+    with pytest.raises(ConfigError, match=found):
+        table.show_plan(dataclasses.replace(plan, gpus=2))
+    monkeypatch.setattr(preflight, "available_gpu", choose.available_gpu)
+    monkeypatch.setattr(preflight.processes, "process_count", lambda _: 2)
+    given = run(attention_precision="fp8", tensor_model_parallel_size=2, expert_model_parallel_size=2)
+    (problem,) = preflight.layout_problems(settled(given, odd), odd)
+    assert "found 16001; --tensor-model-parallel-size 4" in problem

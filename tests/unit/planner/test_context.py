@@ -119,7 +119,15 @@ def test_a_plan_refuses_what_no_run_takes() -> None:
         "--context-parallel-size: expected a divisor of 6, the GPUs of the job; found 4",
         "--seq-length: expected a multiple of 8, as --context-parallel-size 4 cuts a row into 8 equal chunks; found 20",
     ]
-    assert PlanConfig(gpus=2, hosts=2, context_parallel_size=4).problems() == []
+    assert PlanConfig(gpus=2, hosts=2, context_parallel_size=4, full=True).problems() == []
+    # What is checked are the GPUs that are planned with: each of these has a layout with this size, or a problem.
+    for gpus, hosts, size in ((2, 3, 3), (8, 2, 16)):
+        split = {"hosts": hosts, "context_parallel_size": size, "seq_length": 6144}
+        assert PlanConfig(gpus=gpus, **split).problems() == [
+            f"--context-parallel-size: expected a divisor of {gpus}, the GPUs of one host, on which --hosts plans each "
+            f"row; found {size}; --gpus {gpus * hosts} without --hosts splits rows over all of them"
+        ]
+        assert PlanConfig(gpus=gpus * hosts, **{**split, "hosts": 1}).problems() == []
     most = "--expert-chunks: expected at most 24, the tokens that a process has in a micro batch; found 25"
     pairs = {"seq_length": 24, "context_parallel_size": 2}
     assert PlanConfig(gpus=2, expert_chunks=25, **pairs).problems() == [most.replace("24", "12")]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from mixtral_run.cli.main import root
 from mixtral_run.config.gpus import HOPPER
 from mixtral_run.config.verbs.plan import PlanConfig
 from mixtral_run.config.verbs.pretrain import PretrainConfig
@@ -112,7 +115,10 @@ def test_a_run_that_cannot_fit_is_refused_with_what_does(on_gpus: Any) -> None:
     on_gpus(8, 79.1, 300)
     error = training_memory_error(run(tensor_model_parallel_size=1, expert_model_parallel_size=8), BASE, 8)
     assert error is not None and "with TP1/EP8, --recompute none" in str(error.found)
-    assert "plan --full --gpus 16" in str(error.next_command)
+    command = str(error.next_command).partition(", for more GPUs")[0]
+    assert command == (
+        "mixtral-run plan --full --gpus 16 --gpu-memory 79 --seq-length 4096 --micro-batch-size 1 --load base"
+    )
 
 
 def test_rows_are_split_where_the_run_says_so(on_gpus: Any) -> None:
@@ -152,3 +158,25 @@ def test_plan_full_prints_the_best_first_and_refuses_settings_of_lora(capsys: py
         "--attention-precision",
         "--expert-chunks",
     ]
+
+
+@pytest.mark.parametrize(
+    ("words", "larger"),
+    [
+        # The state of AdamW, 16 bytes a weight and more, is 696 GiB: too much for 4 × 79 GiB, with little host memory.
+        ("--gpus 4 --host-memory 100 --seq-length 4096", "plan --hosts 2"),
+        ("--gpus 6 --host-memory 100", "--gpus 6 --hosts"),
+        ("--gpus 4 --hosts 2 --host-memory 100", "--gpus 4 --hosts 4"),
+        ("--gpus 4 --gpu-memory 2 --host-memory 100", None),
+    ],
+)
+def test_the_next_plan_runs_as_it_is_printed(words: str, larger: str | None) -> None:
+    gpu = "" if "--gpu-memory" in words else " --gpu h100"
+    refused = CliRunner().invoke(root, ["plan", "--full", *f"{words}{gpu}".split()])
+    assert isinstance(refused.exception, ConfigError)
+    command, _, others = str(refused.exception.next_command).rpartition(", which fits; or ")
+    assert others == "the same command without --full, for LoRA"
+    assert bool(command) == (larger is not None)
+    if larger is not None:
+        assert larger in command
+        assert CliRunner().invoke(root, shlex.split(command)[1:]).exit_code == 0

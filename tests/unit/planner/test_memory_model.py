@@ -305,6 +305,9 @@ def test_the_verb_says_when_nothing_fits() -> None:
         ("--gpus 1 --gpu-memory 24 --base-precision nf4", ["--gpus 2"]),
         ("--gpus 8 --gpu-memory 24 --micro-batch-size 512 --expert-chunks 1",
          ["--base-precision nf4", "--micro-batch-size 256", "--seq-length 256", "--gpus 16"]),
+        # A host among several has at most 8 GPUs.
+        ("--hosts 2 --gpus 8 --gpu-memory 24 --micro-batch-size 512 --expert-chunks 1",
+         ["--base-precision nf4", "--micro-batch-size 256", "--seq-length 256"]),
         ("--gpus 1 --gpu-memory 110 --seq-length 32768 --host-memory 8 --expert-chunks 1",
          ["--base-precision fp8", "--seq-length 16384", "--gpus 2"]),
         ("--gpus 1 --gpu-memory 2", []),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -209,3 +210,27 @@ def test_flags_and_names_of_layouts() -> None:
     assert (workload.rows, workload.tokens(Layout(1, 1, "none", 4))) == (6, 150)
     assert workload.expert_tokens(Layout(1, 1, "full", 4, 4)) == 38
     assert MIXTRAL_8X7B is workload.architecture
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes"),
+    [
+        ({}, {1, 2, 4, 8}),
+        # Padded to a multiple of 128 · TP where TP does not divide it: 32,256 / 4 = 8,064 and 32,768 / 8 = 4,096.
+        ({"vocab_size": 32002}, {4, 8}),
+        # TP divides it: 16,008, 8,004 and 4,002 are no multiples of 16.
+        ({"vocab_size": 32016}, {1}),
+        ({"hidden_size": 4104}, set()),
+        # 1,026 is padded to 1,536 with TP4; the keys and values of 2 groups cannot be split over 4.
+        ({"vocab_size": 1026, "num_query_groups": 2}, set()),
+    ],
+)
+def test_attention_in_8_bit_leaves_out_layouts_whose_sides_are_no_multiples_of_16(
+    changes: dict[str, int], sizes: set[int]
+) -> None:
+    architecture = dataclasses.replace(MIXTRAL_8X7B, **changes)  # type: ignore[arg-type]
+    workload = Workload(architecture=architecture, attention_precision="fp8")
+    assert {each.layout.tensor_model_parallel_size for each in ranked(workload, math.inf)} == sizes
+    assert architecture.aligned_tensor_sizes(16) == sorted(sizes)
+    problems = ranking.eight_bit_problems(workload, {1, 2, 4, 8})
+    assert len(problems) == (not sizes) and all("no --tensor-model-parallel-size makes" in each for each in problems)

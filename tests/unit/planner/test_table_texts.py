@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mixtral_run.config.verbs.plan import PlanConfig
 from mixtral_run.planner import full_table, table
 from mixtral_run.planner.full_table import PARTS as FULL_PARTS
 from mixtral_run.planner.ranking import Choice
@@ -48,11 +49,11 @@ def test_what_is_said_where_nothing_fits() -> None:
     none = "no layout that splits the model and the sequence over these GPUs"
     assert table._smallest([]) == none
     workload = Workload(gpus=4)
-    error = full_table.no_fit(choices, workload, 79.123456, 100 * GIB)  # type: ignore[arg-type]
+    config = PlanConfig(full=True, gpus=4)
+    error = full_table.no_fit(config, choices, workload, 79.123456, 100 * GIB)  # type: ignore[arg-type]
     assert error.found == f"{text}, and 2.5 GiB of a host's RAM"
     assert error.expected == "at most 97% of 79.12 GiB on each of 4 GPUs, 80% of 100 GiB of a host's RAM"
-    assert str(error.next_command).startswith("mixtral-run plan --full --gpus 8 …; or LoRA")
-    error = full_table.no_fit([], workload, 80.0, math.inf)
+    error = full_table.no_fit(config, [], workload, 80.0, math.inf)
     assert (error.found, error.expected) == (none, "at most 97% of 80 GiB on each of 4 GPUs")
 
 

@@ -4,6 +4,10 @@ A program computes one group of heads for one part of the cache, so that a singl
 kernel joins the parts. The rotation of the query and of the key, and writing the key and the value into the cache, are
 part of the first kernel: only the program whose part of the cache gets the new token reads it, from registers.
 Import only on machines with a GPU.
+
+The length of a part is a constant of both kernels, with which their loops are compiled. Caches of up to 4,096 tokens
+(2,048 with heads of 256) share one length; each further 4,096 (2,048) have a longer one, for which both kernels are
+compiled again. The second kernel is also compiled for each power of 2 of the number of parts.
 """
 
 from __future__ import annotations

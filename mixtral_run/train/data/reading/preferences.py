@@ -86,9 +86,15 @@ def _missing(shape: str, values: Mapping[str, Any]) -> str | None:
     missing = [key for key in _REQUIRED[shape] if key not in values]
     if not missing:
         return None
+    # Lists may be whole conversations, which begin with the prompt.
+    has_list = any(isinstance(values.get(key), (list, tuple)) for key in (CHOSEN, REJECTED))
+    if PROMPT not in values and (shape == UNPAIRED or not has_list):
+        missing.insert(0, PROMPT)
     verb = "are" if len(missing) > 1 else "is"
     keys = ", ".join(sorted(map(repr, values)))[:120] or "none"
-    return f"{' and '.join(map(repr, missing))} {verb} missing; the keys are {keys}"
+    *others, last = map(repr, missing)
+    names = f"{', '.join(others)} and {last}" if others else last
+    return f"{names} {verb} missing; the keys are {keys}"
 
 
 def _convert_pair(values: Mapping[str, Any], found: Converted) -> set[str]:
@@ -96,6 +102,9 @@ def _convert_pair(values: Mapping[str, Any], found: Converted) -> set[str]:
     chosen, rejected = (_answer(values, key, found) for key in (CHOSEN, REJECTED))
     used = {CHOSEN, REJECTED, SYSTEM}
     if found.problems:
+        # Whether an answer without messages is a whole conversation, which needs no prompt, is not known.
+        if not _is_whole(chosen) and not _is_whole(rejected) and (PROMPT in values or (chosen and rejected)):
+            _prompt(values, found)
         return used | {PROMPT}
     if _is_whole(chosen) and _is_whole(rejected):
         prompt, chosen, rejected = _split(chosen, rejected)
@@ -163,7 +172,7 @@ def _read(entries: object, key: str, found: Converted, *, learned: bool) -> list
 
 def _is_whole(messages: Sequence[Message]) -> bool:
     """Return True if a list of messages begins with the prompt, and is not the answer alone."""
-    return messages[0].role in (USER, SYSTEM)
+    return bool(messages) and messages[0].role in (USER, SYSTEM)
 
 
 def _split(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], list[Message], list[Message]]:

@@ -94,6 +94,12 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "Q?", "completion": "x", "label": 0.5}, "unpaired", "'label': expected true or false; found a number"),
     ({"prompt": "Q?", "completion": "x", "label": "good"}, "unpaired", "'label': expected true or false; found good"),
     ({**PAIRS[0], "completion": "x", "label": True}, "unpaired", "--data-format pairs|unpaired chooses"),
+    ({"completion": "x"}, "unpaired", "'prompt' and 'label' are missing; the keys are 'completion'"),
+    ({"label": True}, "unpaired", "'prompt' and 'completion' are missing; the keys are 'label'"),
+    ({"chosen": "yes"}, "pairs", "'prompt' and 'rejected' are missing; the keys are 'chosen'"),
+    ({"chosen": PAIRS[3]["chosen"]}, "pairs", "'rejected' is missing; the keys are 'chosen'"),
+    ({"chosen": "", "rejected": "no"}, "pairs", "'prompt' is missing: 'chosen' and 'rejected' do not show where"),
+    ({"prompt": " ", "chosen": "", "rejected": "no"}, "pairs", "'prompt' is empty"),
 ]
 
 
