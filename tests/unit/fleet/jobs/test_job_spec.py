@@ -207,14 +207,14 @@ def test_an_image_of_an_earlier_kit_gets_no_default_that_it_may_not_know() -> No
 
 
 def test_a_default_that_changes_is_always_sent() -> None:
-    """A job may run in an image of another version: setting_defaults.json has the defaults that all versions share.
+    """A job may run in an image of another version: config/setting_defaults.json has those defaults that all versions share.
 
     A new setting belongs into that file; its default must be what the kit did before it. A setting whose default
     changes belongs into ALWAYS_SENT.
     """
     classes = (ConvertConfig, VerifyConfig, FinetuneConfig, AlignConfig, PretrainConfig, GenerateConfig, ChatConfig,
                EvaluateConfig, ExportConfig, SmokeConfig, RehearseConfig)  # fmt: skip
-    known = json.loads(Path(__file__).with_name("setting_defaults.json").read_text())
+    known = json.loads((Path(__file__).parents[2] / "config/setting_defaults.json").read_text())
     found = {
         each.__name__: {name: value for name, value in each.defaults().items() if name not in ALWAYS_SENT}
         for each in classes
