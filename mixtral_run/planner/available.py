@@ -106,8 +106,8 @@ def _query_result(query: subprocess.Popen[str], num_gpus: int | None = None) -> 
             query.communicate(timeout=1)
         # Not to standard output, where a verb may print a JSON document.
         Report(sys.stderr).warn(
-            f"The NVIDIA driver did not answer within {QUERY_SECONDS:.0f} s, so the memory of this machine's GPUs is "
-            "not known; nvidia-smi shows whether the driver answers"
+            f"The NVIDIA driver did not answer within {QUERY_SECONDS:.0f} s, so memory and compute capability of this "
+            "machine's GPUs are not known; nvidia-smi shows whether the driver answers"
         )
         return None
     gpus = _parsed(answer)[:num_gpus] if query.returncode == 0 else []
