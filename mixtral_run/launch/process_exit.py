@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import signal
 import sys
 import threading
+from types import FrameType
 from typing import NoReturn
 
 from mixtral_run.launch.torchrun_errors import print_once
@@ -37,26 +39,49 @@ def exit_silently(exit_code: int) -> NoReturn:
     sys.exit(exit_code)
 
 
-def end_at_once(code: object) -> None:
+def end_at_once(code: object, program: FrameType) -> None:
     """End the process as the interpreter does after `sys.exit(code)`, without taking its modules apart.
 
     That would take a second after torch was imported. Threads are waited for, functions of `atexit` are called and the
-    output is flushed as always. Return, so that the interpreter does the rest, if the output cannot be flushed or
-    `code` is a message. Only for a process that holds no unwritten files.
+    output is flushed as always. Return, so that the interpreter does the rest, if the output cannot be flushed, if
+    `code` is a message, or if a profiler or another program waits for the end. Only for a process that holds no
+    unwritten files.
+
+    program: the frame of the module that is the program.
     """
-    if code is not None and not isinstance(code, int):
+    if not isinstance(code, int | None) or _is_observed(program):
         return
+    exit_code = (code or 0) & 0xFF
     try:
-        # As multiprocessing ends its processes.
-        threading._shutdown()  # type: ignore[attr-defined]
+        with contextlib.suppress(KeyboardInterrupt):  # The work is done, and its exit code known.
+            # As multiprocessing ends its processes.
+            threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except OSError:
-        return
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None and not stream.closed:
+                stream.flush()
     except KeyboardInterrupt:
-        pass  # The work is done, and its exit code known.
-    os._exit((code or 0) & 0xFF)
+        # Output may be lost, which is no success.
+        exit_code = exit_code or INTERRUPTED
+    except Exception:
+        return
+    os._exit(exit_code)
+
+
+def _is_observed(program: FrameType) -> bool:
+    """Return True if a profiler or tracer is active, or if other code than the interpreter called the program."""
+    if sys.getprofile() is not None or sys.gettrace() is not None:
+        return True
+    monitoring = getattr(sys, "monitoring", None)  # since Python 3.12, for up to six tools
+    if monitoring is not None and any(monitoring.get_tool(number) for number in range(6)):
+        return True
+    caller = program.f_back
+    while caller is not None:
+        # `python -m` calls the program through this module.
+        if caller.f_globals.get("__name__") != "runpy":
+            return True
+        caller = caller.f_back
+    return False
 
 
 def _ignore_signals(exit_code: int) -> None:

@@ -61,7 +61,7 @@ def _call(function: Any, *arguments: Any) -> None:
 
 
 def main() -> None:
-    """Print the answer and leave at once: the parent need not wait until the contexts are destroyed in order."""
+    """Print the answer and leave at once: the end of the process destroys its contexts."""
     try:
         print(json.dumps(read_gpus(ctypes.CDLL(_LIBRARY), int(sys.argv[1]))), flush=True)
     except (OSError, AttributeError, DriverError) as error:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import subprocess
 import sys
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +66,9 @@ class AvailableGpu:
 # -P: the modules next to that file must not hide those of the standard library.
 _QUERY = ("-P", str(Path(__file__).with_name("ask_driver.py")))
 
+QUERY_SECONDS = 60.0
+"""Longest time that the driver gets to answer. Without its persistence mode it takes seconds for each GPU."""
+
 _started_queries: list[subprocess.Popen[str]] = []
 
 
@@ -85,25 +88,49 @@ def has_nvidia_driver() -> bool:
 
 def _start_query(num_gpus: int) -> subprocess.Popen[str]:
     argv = [sys.executable, *_QUERY, str(num_gpus)]
-    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # Nobody reads its errors, and a pipe that is full would stop it.
+    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, errors="replace")
 
 
 def _query_result(query: subprocess.Popen[str], num_gpus: int | None = None) -> AvailableGpu | None:
-    """Wait for a query. Return None if it failed: the cause is reported when the job first uses the GPU."""
-    assert query.stdout is not None
-    answer = query.stdout.readline()
-    # Destroying its contexts keeps the process for a moment, which nobody needs to wait for.
-    threading.Thread(target=query.communicate, name="GPU query", daemon=True).start()
-    if not answer:
+    """Wait until a query has ended. Return None if it failed: the cause is reported when the job first uses the GPU.
+
+    Its contexts end with it: where a GPU takes one process at a time, a job must not start before. A query that does
+    not end is killed and reported.
+    """
+    try:
+        answer, _ = query.communicate(timeout=QUERY_SECONDS)
+    except subprocess.TimeoutExpired:
+        query.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a process that waits for its driver may not end
+            query.communicate(timeout=1)
+        # Not to standard output, where a verb may print a JSON document.
+        Report(sys.stderr).warn(
+            f"The NVIDIA driver did not answer within {QUERY_SECONDS:.0f} s, so memory and compute capability of this "
+            "machine's GPUs are not known; nvidia-smi shows whether the driver answers"
+        )
         return None
-    gpus = json.loads(answer)[:num_gpus]
+    gpus = _parsed(answer)[:num_gpus] if query.returncode == 0 else []
     if not gpus:
         return None
     total = min(total for _, total, _ in gpus)
     # The querying process has its own context on the GPU while it measures.
     free = min(total, min(free for free, _, _ in gpus) + CONTEXT)
-    major, minor = min(capability for _, _, capability in gpus)
-    return AvailableGpu(total, free, (major, minor))
+    return AvailableGpu(total, free, min(capability for _, _, capability in gpus))
+
+
+def _parsed(answer: str) -> list[tuple[int, int, tuple[int, int]]]:
+    """Return the answer of `ask_driver.py`, which is the last line that can be one. A driver may print others."""
+    for line in reversed(answer.splitlines()):
+        try:
+            gpus = [
+                (int(free), int(total), (int(major), int(minor))) for free, total, (major, minor) in json.loads(line)
+            ]
+        except (TypeError, ValueError, OverflowError):
+            continue
+        if gpus:
+            return gpus
+    return []
 
 
 @functools.cache
@@ -129,8 +156,9 @@ def available_gpu(device: str, num_processes: int) -> AvailableGpu | None:
 
 
 def local_gpu() -> AvailableGpu | None:
-    """Return the least of this machine's GPUs, or None if it has none that torch can use. Does not import torch here.
+    """Return the least of this machine's GPUs, or None if its driver names none. Does not import torch.
 
-    Asks the driver in a process of its own, which takes seconds, and only if the driver is loaded.
+    A GPU counts even if the installed torch cannot use it: the plan of a run needs no torch, and a run reports such a
+    torch itself. Asks the driver in a process of its own, which takes seconds, and only if the driver is loaded.
     """
     return _query_result(_start_query(0)) if has_nvidia_driver() else None

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +17,7 @@ from isal.isal_zlib import crc32
 
 from mixtral_run.errors import WeightsError
 from mixtral_run.weights.io.atomic_folder import GIB, free_bytes
+from mixtral_run.weights.io.daemon_threads import map_in_daemons
 from mixtral_run.weights.store.folder import BLOCK_BYTES, MOST_PARTS, StoredObject, StoreFolder
 from mixtral_run.weights.store.marker import FileRecord
 from mixtral_run.weights.store.problems import LocalFileError, repeated
@@ -178,9 +178,5 @@ def receive_all(
 
 def side_by_side(work: Callable[[ItemT], ResultT], items: Sequence[ItemT]) -> list[ResultT]:
     """Return the results of `work` for each item, from a few threads. The first error ends what has not begun."""
-    pool = ThreadPoolExecutor(THREADS, "store")
-    futures = [pool.submit(work, item) for item in items]
-    try:
-        return [future.result() for future in futures]
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    # A run's mirror calls this in a daemon thread: a store that does not answer must not keep the process.
+    return map_in_daemons(work, items, THREADS, "store")

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from isal.isal_zlib import crc32, crc32_combine
 from torch import Tensor
 
+from mixtral_run.weights.io.daemon_threads import map_in_daemons
 from mixtral_run.weights.io.disk import allocate, is_in_memory
 from mixtral_run.weights.io.mmap_writer import MappedWriter
 from mixtral_run.weights.torch_dist.item_writer import PAGE, Frame, frame
@@ -26,6 +26,8 @@ from mixtral_run.weights.torch_dist.item_writer import PAGE, Frame, frame
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _RUN_BYTES = 16 * 2**20
 """Bytes of neighboring items that one thread writes at a time, about."""
+_PART_BYTES = 4 * 2**20
+"""Most bytes that each thread has copied from a GPU and not yet written."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,8 @@ def write_shards(file: Path, tensors: Sequence[Tensor], threads: int) -> tuple[l
         os.ftruncate(descriptor, length)
         if length and not is_mapped:
             allocate(descriptor, 0, length)
-        with ThreadPoolExecutor(threads, "save") as pool:
-            sums = list(pool.map(lambda run: _write_run(descriptor, run, is_mapped=is_mapped), runs))
+        # Not a pool: its threads would keep a process whose disk does not answer.
+        sums = map_in_daemons(lambda run: _write_run(descriptor, run, is_mapped=is_mapped), runs, threads, "save")
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -110,21 +112,42 @@ def _write_run(descriptor: int, run: Sequence[_Item], *, is_mapped: bool) -> int
     """Write neighboring items, and return the CRC-32 of their bytes and of the zeros between them."""
     limits = run[0].start, run[-1].end
     writer = MappedWriter() if is_mapped else None
+
+    def put(position: int, part: bytes | memoryview) -> None:
+        if writer is None or not writer.write(descriptor, limits, position, part):
+            _write_whole(descriptor, position, part)
+
     crc = 0
     for item in run:
-        flat = item.tensor.detach().cpu().contiguous().view(-1)
-        data = flat.view(torch.uint8).numpy().data
-        own_crc = crc32(data)
-        padding = bytes(item.end - item.start - item.frame.length)
-        position = item.start
-        for part in (item.frame.head(own_crc), data, item.frame.tail(own_crc) + padding):
-            crc = crc32(part, crc)
-            if writer is None or not writer.write(descriptor, limits, position, part):
-                _write_whole(descriptor, position, part)
-            position += len(part)
+        own_crc, position = 0, item.start + item.frame.payload_start
+        for part in _parts(item.tensor.detach()):
+            data = part.view(torch.uint8).numpy().data
+            own_crc = crc32(data, own_crc)
+            put(position, data)
+            position += len(data)
+        # The head contains the checksum of the data, so the head comes last.
+        head, tail = item.frame.head(own_crc), item.frame.tail(own_crc)
+        tail += bytes(item.end - item.start - item.frame.length)
+        put(position, tail)
+        put(item.start, head)
+        crc = crc32_combine(crc32(head, crc), own_crc, item.frame.num_bytes)
+        crc = crc32(tail, crc)
     if writer is not None:
         writer.release()
     return crc
+
+
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the elements in their order, as flat tensors on the host. Each copy has at most _PART_BYTES."""
+    if tensor.is_contiguous():
+        for part in tensor.view(-1).split(_PART_BYTES // tensor.itemsize):
+            yield part.cpu()
+    elif tensor.nbytes <= _PART_BYTES:
+        yield tensor.cpu().contiguous().view(-1)
+    else:
+        rows = max(1, _PART_BYTES * len(tensor) // tensor.nbytes)
+        for part in tensor.split(rows):
+            yield from _parts(part if rows > 1 else part[0])
 
 
 def _write_whole(descriptor: int, position: int, data: bytes | memoryview) -> None:

@@ -1,6 +1,7 @@
 """Decisions of the planner for a run, on simulated GPUs."""
 
 import dataclasses
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -314,8 +315,14 @@ def test_the_query_can_start_ahead(
     ("query", "expected"),
     [
         ("print('[[3, 9, [9, 0]], [2, 8, [8, 0]]]')", AvailableGpu(8, 8, (8, 0))),
+        (
+            "import sys; print('a driver says'); print('[[3, 9, [9, 0]]]'); print(42); print('{}'); "
+            "sys.stderr.write('x' * 200_000)",
+            AvailableGpu(9, 9, HOPPER),
+        ),
         ("print('[]')", None),
-        ("raise SystemExit(1)", None),
+        ("print('a driver says'); raise SystemExit(1)", None),
+        ("print('[[3, 9, [9, 0]]]', flush=True); import os; os.abort()", None),
     ],
 )
 def test_the_local_gpu_is_queried_only_if_the_driver_is_loaded(
@@ -326,6 +333,23 @@ def test_the_local_gpu_is_queried_only_if_the_driver_is_loaded(
     assert available.local_gpu() is None
     monkeypatch.setattr(available, "Path", lambda _: tmp_path)
     assert available.local_gpu() == expected
+
+
+def test_no_query_outlives_its_answer_or_its_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = "print('[[3, 9, [9, 0]]]', flush=True); import time; time.sleep"
+    monkeypatch.setattr(available, "_QUERY", ("-c", f"{answer}(0.3)"))
+    query = available._start_query(0)
+    assert available._query_result(query) == AvailableGpu(9, 9, HOPPER)
+    assert query.returncode == 0  # its contexts are gone
+    monkeypatch.setattr(available, "_QUERY", ("-c", f"{answer}(100)"))
+    monkeypatch.setattr(available, "QUERY_SECONDS", 0.3)
+    query = available._start_query(0)
+    assert available._query_result(query) is None
+    assert query.returncode == -signal.SIGKILL
+    out, err = capsys.readouterr()
+    assert out == "" and "! The NVIDIA driver did not answer within 0 s" in err
 
 
 def test_a_run_on_older_gpus_is_planned_as_it_runs(on_gpus: Any, capsys: pytest.CaptureFixture[str]) -> None:

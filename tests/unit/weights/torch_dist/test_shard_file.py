@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures.thread
 import errno
 import io
 import os
 import tempfile
+import threading
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,11 +36,12 @@ def some_tensors() -> list[torch.Tensor]:
     ]
 
 
-@pytest.mark.parametrize("run_bytes", [1, 40_000, 2**30])
+@pytest.mark.parametrize(("run_bytes", "part_bytes"), [(1, 2**22), (40_000, 1000), (2**30, 30_000)])
 def test_torch_reads_every_tensor_and_the_checksum_is_the_files(
-    folder: Path, run_bytes: int, monkeypatch: pytest.MonkeyPatch
+    folder: Path, run_bytes: int, part_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shard_file, "_RUN_BYTES", run_bytes)
+    monkeypatch.setattr(shard_file, "_PART_BYTES", part_bytes)
     file, tensors = folder / "__0_0.distcp", some_tensors()
     file.write_bytes(b"x" * 3_000_000)  # of an earlier save
     places, crc = shard_file.write_shards(file, tensors, threads=3)
@@ -69,6 +72,44 @@ def test_an_error_of_one_thread_is_raised(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(shard_file, "is_in_memory", lambda _: False)
     with pytest.raises(OSError, match="No space left on device"):
         shard_file.write_shards(tmp_path / "file", some_tensors(), threads=2)
+
+
+def test_threads_that_wait_for_the_disk_do_not_keep_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, answers, waiting = os.pwrite, threading.Event(), threading.Semaphore(0)
+
+    def stuck(descriptor: int, data: bytes, position: int) -> int:
+        waiting.release()
+        answers.wait()
+        return real(descriptor, data, position)
+
+    monkeypatch.setattr(os, "pwrite", stuck)
+    monkeypatch.setattr(shard_file, "is_in_memory", lambda _: False)
+    monkeypatch.setattr(shard_file, "_RUN_BYTES", 1)
+    words = tmp_path / "file", some_tensors(), 2
+    others = set(threading.enumerate())
+    save = threading.Thread(target=shard_file.write_shards, args=words, daemon=True)
+    save.start()
+    try:
+        assert waiting.acquire(timeout=30) and waiting.acquire(timeout=30)
+        threads = set(threading.enumerate()) - others
+        assert len(threads) == 3 and all(each.daemon for each in threads)
+        # The interpreter joins the threads of a pool, although some versions make them daemons.
+        assert not threads & set(concurrent.futures.thread._threads_queues)
+    finally:
+        answers.set()
+    save.join(30)
+    assert not any(each.is_alive() for each in threads)
+
+
+def test_no_thread_copies_more_than_a_part_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_file, "_PART_BYTES", 1000)
+    wide = torch.arange(60_000, dtype=torch.float32).view(3, 2, 10_000).transpose(0, 1)
+    for tensor in [*some_tensors(), wide]:
+        parts = list(shard_file._parts(tensor))
+        assert max(each.nbytes for each in parts) <= 1000
+        assert torch.equal(torch.cat(parts), tensor.reshape(-1))
 
 
 def test_what_has_no_frame_is_left_to_torch() -> None:

@@ -1,0 +1,58 @@
+"""Work in several daemon threads: results in order, the first error, and an end of the process without them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from mixtral_run.weights.io.daemon_threads import map_in_daemons
+
+STUCK = """
+import sys, threading, time
+from mixtral_run.weights.io.daemon_threads import map_in_daemons
+begun = threading.Event()
+def wait(_):
+    begun.set()
+    time.sleep(60)
+threading.Thread(target=map_in_daemons, args=(wait, [1, 2, 3], 2, "wait"), daemon=True).start()
+begun.wait()
+sys.exit(6)
+"""
+
+
+def test_results_come_in_order_from_as_many_threads_as_asked_for() -> None:
+    together = threading.Barrier(3)
+
+    def square(number: int) -> tuple[int, str]:
+        if number < 3:
+            together.wait(30)
+        return number * number, threading.current_thread().name.rpartition("_")[0]
+
+    assert map_in_daemons(square, range(40), 3, "square") == [(each * each, "square") for each in range(40)]
+    assert map_in_daemons(square, [], 3, "square") == []
+
+
+def test_the_first_error_ends_what_has_not_begun_and_is_raised_after_all_threads() -> None:
+    calls: list[int] = []
+    failed = threading.Event()
+
+    def work(number: int) -> None:
+        calls.append(number)
+        if number == 0:
+            failed.set()
+            raise ValueError("the first")
+        failed.wait(30)
+        time.sleep(0.1)
+        calls.append(-number)
+
+    with pytest.raises(ValueError, match="the first"):
+        map_in_daemons(work, range(100), 2, "failing")
+    assert sorted(calls) in ([-1, 0, 1], [0])
+
+
+def test_a_call_that_never_returns_does_not_keep_the_process() -> None:
+    assert subprocess.run([sys.executable, "-c", STUCK], timeout=30, check=False).returncode == 6
