@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from mixtral_run.config.data import CheckConfig
-from mixtral_run.config.former_settings import to_values
 from mixtral_run.config.verbs.align import AlignConfig
 from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import ConfigError
@@ -19,16 +18,16 @@ from mixtral_run.planner.choose import workload_of
 from mixtral_run.planner.table import PlanConfig, planned_gpu
 from mixtral_run.planner.table import workload_of as planned_workload
 from mixtral_run.planner.workload import Layout
+from mixtral_run.train import run_checkpoints
 from mixtral_run.train.checkpoints import init_adapter
 from mixtral_run.train.preflight import _check_continues
 from mixtral_run.train.run_checkpoints import (
     changed_draws,
     changed_loss,
     changed_reference,
-    former_settings,
-    loss_warning,
 )
 from mixtral_run.weights.manifest.describe import BaseDescription
+from mixtral_run.weights.manifest.run_state import RunState
 from tests.multiprocess.conftest import SMALL
 
 LAYOUT = Layout(1, 1, "none")
@@ -128,12 +127,23 @@ def test_a_default_that_is_written_out_is_the_same_loss() -> None:
 
 
 def resumed(now: FinetuneConfig, training: dict[str, Any], **more: Any) -> Any:
-    """Return what a checkpoint of iteration 2 with these settings makes of a run that goes on from it."""
-    values = {"iteration": 2, "validation": {}, "former": ()} | more
-    adapter: Any = SimpleNamespace(training=training, **values)
-    return SimpleNamespace(
-        start=2, former=(*adapter.former, *former_settings(now, adapter)), warning=loss_warning(now, adapter)
-    )
+    """Return a run that goes on from a checkpoint of iteration 2 with these settings, and its warning."""
+    values = {"iteration": 2, "validation": {}, "former": (), "files": {}, "folder": Path("save/iter_0000002")} | more
+    adapter = SimpleNamespace(training=training, state=RunState(), data_sha256=None, **values)
+    warnings: list[str] = []
+    report = SimpleNamespace(say=lambda _: None, warn=warnings.append)
+    run: Any = SimpleNamespace(
+        model=None, mesh=SimpleNamespace(is_first=False), report=report, best=None, former=(),
+        bad_steps=SimpleNamespace(restore=lambda *_: None), data=SimpleNamespace(sha256=None, chat_template=None),
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("report_without_checksums", "load_adapter", "load_optimizer", "restore_random_state"):
+            patch.setattr(run_checkpoints, name, lambda *_: None)
+        patch.setattr(run_checkpoints, "check_resume", lambda *_: adapter)
+        run.start = run_checkpoints.resume_run(run, None, now, None)  # type: ignore[arg-type]
+    run.warning = warnings[0] if warnings else None
+    run.record = run_checkpoints.describe(run, now, BaseDescription(Path("base"), SMALL, "bfloat16", "f"))
+    return run
 
 
 @pytest.mark.parametrize("config_class", [FinetuneConfig, AlignConfig])
@@ -145,7 +155,7 @@ def test_another_precision_is_another_loss_and_is_recorded(config_class: type[Fi
     run = resumed(config, in_8_bit.to_mapping())
     changes = "--base-precision bf16 (was nf4), --attention-precision bf16 (was fp8)"
     assert run.warning == f"The loss is another one than before: {changes}"
-    assert to_values(run.former) == [
+    assert run.record["former_settings"] == [
         {"iteration": 2, "settings": {"base_precision": "nf4", "attention_precision": "fp8"}}
     ]
     assert changed_reference(run, config) == changes
@@ -156,7 +166,7 @@ def test_another_precision_is_another_loss_and_is_recorded(config_class: type[Fi
     assert "--attention-precision fp8 (was bf16)" in resumed(in_8_bit, earlier).warning
     # A checkpoint after the change keeps the record of it.
     later = resumed(config, config.to_mapping(), former=run.former)
-    assert (later.warning, later.former) == (None, run.former)
+    assert (later.warning, later.record["former_settings"]) == (None, run.record["former_settings"])
     assert changed_reference(SimpleNamespace(start=4, former=run.former), config) is None  # type: ignore[arg-type]
     # A run without the settings in its record at all is not compared.
     assert resumed(in_8_bit, {}).warning is None

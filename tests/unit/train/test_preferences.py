@@ -278,7 +278,9 @@ def test_the_validation_loss_is_that_of_one_batch(model: MixtralModel, tmp_path:
     assert "x loss" in found.line(10) and "perplexity" not in found.line(10)
 
 
-def test_stored_references_are_used_and_damaged_ones_are_not(model: MixtralModel, tmp_path: Path) -> None:
+def test_stored_references_are_used_and_damaged_ones_are_not(
+    model: MixtralModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = config_of("dpo")
     answers = [each for pair in pairs_of(6) for each in pair]
     samples = samples_of(answers, tmp_path, config)
@@ -297,9 +299,9 @@ def test_stored_references_are_used_and_damaged_ones_are_not(model: MixtralModel
             parameter.mul_(0.5)
     add_references(config, "base", partial(without_adapters, model), model, again, np.asarray([1, 4]), Report.silent())
     np.testing.assert_array_equal(again.reference, samples.reference)
-    add_references(
-        config, "another", partial(without_adapters, model), model, again, np.asarray([1, 4]), Report.silent()
-    )
+    why = "--base-precision fp8 (was bf16)"
+    add_references(config, "another", partial(without_adapters, model), model, again, np.asarray([1, 4]), Report(), why)
+    assert f"2 samples (0 are known), because the reference is another one: {why}\n" in capsys.readouterr().out
     assert again.reference[2] != samples.reference[2] and len(list(tmp_path.iterdir())) == 2
     written[-20] ^= 1
     file.write_bytes(written)

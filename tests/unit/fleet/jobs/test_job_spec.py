@@ -207,7 +207,7 @@ def test_an_image_of_an_earlier_kit_gets_no_default_that_it_may_not_know() -> No
 
 
 def test_a_default_that_changes_is_always_sent() -> None:
-    """A job may run in an image of another version: config/setting_defaults.json has those defaults that all versions share.
+    """A job may run in an image of another version: setting_defaults.json has the defaults that all versions share.
 
     A new setting belongs into that file; its default must be what the kit did before it. A setting whose default
     changes belongs into ALWAYS_SENT.
