@@ -9,7 +9,7 @@ from typing import Any
 FORMER_SETTINGS = "former_settings"
 """Key of the records: mixtral_run.json of a checkpoint, run.json and summary.json."""
 _MOST = 1000
-_LONGEST = 4096
+_LONGEST = 65536
 
 
 @dataclass(frozen=True)
