@@ -21,7 +21,7 @@ from mixtral_run.weights.io.files import write_atomically
 CARD = "README.md"
 SETTINGS = (
     "train_iters", "epochs", "global_batch_size", "micro_batch_size", "seq_length", "pack", "lr", "min_lr",
-    "lr_warmup_iters", "lr_decay_style", "weight_decay", "clip_grad", "base_precision", "attention_precision",
+    "lr_warmup_iters", "lr_scheduler", "weight_decay", "clip_grad", "base_precision", "attention_precision",
     "dtype", "seed",
 )  # fmt: skip
 """Settings of a run that the card shows. None of them names a file."""

@@ -118,7 +118,9 @@ def test_a_directory_for_peft(
 def test_the_card(tmp_path: Path, base: dict[str, Any]) -> None:
     validation = {"best_loss": 1.25, "best_iteration": 1000}
     state = {"recent_losses": [2.0, 1.5], "validation_loss": 1.75}
-    training = {"lr": 1e-4, "seed": 3, "train_iters": 7, "data": "/secret/place", "attention_precision": "bf16"}
+    training = {"lr": 1e-4, "seed": 3, "train_iters": 7, "data": "/secret/place", "attention_precision": "bf16"} | {
+        "lr_scheduler": "cosine"
+    }
     former = [
         {"iteration": 2, "settings": {"attention_precision": "fp8", "init_adapter": "/secret/place"}},
         {"iteration": 5, "settings": {"attention_precision": "bf16", "lora_dropout": 0.5}},
@@ -153,6 +155,7 @@ def test_the_card(tmp_path: Path, base: dict[str, Any]) -> None:
         "| validation loss, lowest of the run | 1.2500 at iteration 1,000 |",
         "| train_iters | 7 |",
         "| lr | 0.0001 |",
+        "| lr_scheduler | cosine |",
         "| seed | 3 |",
         "vllm serve BASE --enable-lora --max-lora-rank 8 --lora-modules adapter=FOLDER",
         "base = AutoModelForCausalLM.from_pretrained(\"BASE\", dtype='bfloat16')",
