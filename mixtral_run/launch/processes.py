@@ -189,6 +189,7 @@ def start_processes(count: int, work: Callable[..., None], *arguments: object) -
         KeyboardInterrupt: A signal ended the job before a process could stop on request.
     """
     from torch.distributed.elastic.agent.server.api import SignalException  # type: ignore[attr-defined]
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig as TorchrunConfig
     from torch.distributed.launcher.api import elastic_launch
@@ -208,6 +209,8 @@ def start_processes(count: int, work: Callable[..., None], *arguments: object) -
             rdzv_endpoint="localhost:0",
             max_restarts=0,
             start_method="forkserver",
+            # torchrun removes no folder that it makes.
+            logs_specs=DefaultLogsSpecs(log_dir=str(Path(folder) / "torchrun")),
             # A process that has the terminal decides what Ctrl-C means.
             signals_to_handle="SIGTERM,SIGHUP,SIGQUIT" if is_lent() else "SIGTERM,SIGINT,SIGHUP,SIGQUIT",
         )

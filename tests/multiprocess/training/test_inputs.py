@@ -5,7 +5,6 @@ import json
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -51,6 +50,7 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(
 
 def test_data_of_many_forms_are_trained_on_with_their_shares(small_checkpoint: Path, tmp_path: Path) -> None:
     """A table, a compressed list and standard input in one run; what is left out and not used is reported."""
+    (temporary := tmp_path / "temporary").mkdir()
     (tmp_path / "a.csv").write_text("question,answer,id\nWhat is 2 + 2?,4,x\nWhat is 3 + 3?,6,y\n,7,z\n")
     chat = [{"from": "human", "value": "Name a fish."}, {"from": "gpt", "value": "Cod."}]
     (tmp_path / "b.json.gz").write_bytes(gzip.compress(json.dumps([{"conversations": chat}], indent=1).encode()))
@@ -59,11 +59,11 @@ def test_data_of_many_forms_are_trained_on_with_their_shares(small_checkpoint: P
     sources = ("--data-path", f"{tmp_path / 'a.csv'}:0.5", "--data-path", f"{tmp_path / 'b.json.gz'}:0.25")
     done = subprocess.run(
         [sys.executable, "-m", "mixtral_run", "finetune", *words, *layout, *sources, "--data-path", "-:0.25"],
-        input=EXAMPLE, capture_output=True, text=True, env=environment_of(), check=False,
+        input=EXAMPLE, capture_output=True, text=True, env=environment_of(TMPDIR=str(temporary)), check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "4 examples" in done.stdout
     assert "1 example left out, as not usable: line 4 of a.csv: the keys fit no shape: 'answer', 'id'" in done.stdout
     assert "'id' (2)" in done.stdout
     assert re.search(r"a\.csv:0\.5: 2 examples, 50\.0% of the samples, each 1\.0 times", done.stdout)
-    assert not list(Path(tempfile.gettempdir()).glob("mixtral-run-stdin-*"))
+    assert not list(temporary.iterdir())
