@@ -20,6 +20,7 @@ from typing import Any
 
 from mixtral_run.errors import ConfigError, MixtralRunError
 from mixtral_run.fleet.hosts import GROUP, Host, inventory_names, unresolved_variables
+from mixtral_run.fleet.plays import control_sockets
 from mixtral_run.fleet.plays.provisioning import provisioning_folder
 from mixtral_run.fleet.state import state_folder, write_json, write_private
 from mixtral_run.fleet.untrusted import printable
@@ -109,6 +110,7 @@ def environment(play: Play) -> dict[str, str]:
         "ANSIBLE_NOCOLOR": "True",
         # The Ansible of this Python environment, even if its folder is not on PATH (pipx).
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+        **control_sockets.settings(),
     }
 
 
