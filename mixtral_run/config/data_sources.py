@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mixtral_run.config.home_folder import expanded
 from mixtral_run.config.names.hub_names import hub_name_and_revision, may_be_hub_name
 
 STANDARD_INPUT = "-"
@@ -42,7 +43,7 @@ class DataSource:
     @property
     def path(self) -> Path:
         """The file or folder."""
-        return Path(self.location).expanduser()
+        return expanded(self.location)
 
     @property
     def name(self) -> str:
@@ -83,21 +84,21 @@ def _may_be_dataset(name: str) -> bool:
 
 def _exists(text: str) -> bool:
     try:
-        return Path(text).expanduser().exists()
+        return expanded(text).exists()
     except (OSError, RuntimeError, ValueError):
         return False
 
 
 def _is_file(text: str) -> bool:
     try:
-        return Path(text).expanduser().is_file()
+        return expanded(text).is_file()
     except (OSError, RuntimeError, ValueError):
         return False
 
 
 def _is_folder(text: str) -> bool:
     try:
-        return Path(text).expanduser().is_dir()
+        return expanded(text).is_dir()
     except (OSError, RuntimeError, ValueError):
         return False
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mixtral_run.config.home_folder import expanded
 from mixtral_run.errors import ConfigError
 from mixtral_run.fleet.state import read_json, state_folder, write_json
 
@@ -194,9 +195,9 @@ def _inventory_host(name: str, variables: Mapping[str, Any], inventory: Path) ->
         address=str(first("ansible_host", "ansible_ssh_host") or name),
         user=str(user) if user else None,
         port=int(port) if port else None,
-        identity_file=str(Path(str(key)).expanduser()) if key else None,
+        identity_file=str(expanded(str(key))) if key else None,
         ssh_options=ssh_options,
-        inventory=str(inventory.expanduser().resolve()),
+        inventory=str(expanded(inventory).resolve()),
     )
 
 

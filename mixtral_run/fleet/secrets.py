@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mixtral_run.config.home_folder import expanded
 from mixtral_run.fleet.state import state_folder, write_private
 
 KEYS = ("aws_access_key_id", "aws_secret_access_key")
@@ -64,7 +65,7 @@ def token_file(source: str | None, ask: Callable[[], str]) -> Iterator[Path | No
     if source is None:
         yield None
     elif source != "-":
-        yield Path(source).expanduser()
+        yield expanded(source)
     else:
         path = state_folder("tmp") / "hf-token"
         write_private(path, ask().strip() + "\n")

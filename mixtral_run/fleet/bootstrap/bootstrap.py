@@ -14,6 +14,7 @@ from typing import Any, TextIO
 from urllib.parse import quote
 
 from mixtral_run.config.fields import SETTINGS_ERROR
+from mixtral_run.config.home_folder import expanded
 from mixtral_run.errors import ConfigError, HostError, MixtralRunError
 from mixtral_run.fleet.bootstrap.host_lock import Held, hold_locks
 from mixtral_run.fleet.bootstrap.progress import FleetProgress, Notice
@@ -91,7 +92,7 @@ class BootstrapRequest:
 
 
 def _absolute(path: str | Path) -> str:
-    return str(Path(path).expanduser().resolve())
+    return str(expanded(path).resolve())
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ def _check_request(request: BootstrapRequest) -> None:
     for flag, file, problem_of in secrets:
         if file is None:
             continue
-        if (problem := problem_of(file.expanduser())) is not None:
+        if (problem := problem_of(expanded(file))) is not None:
             problems.append(f"{flag} {file}: {problem}")
         if request.tags and ROLE_OF_SECRETS not in request.tags:
             problems.append(f"{flag}: expected {ROLE_OF_SECRETS} among --tags, the role that writes it to the hosts")

@@ -11,6 +11,8 @@ import stat
 import tempfile
 from pathlib import Path
 
+from mixtral_run.config.home_folder import expanded
+
 VARIABLE = "ANSIBLE_SSH_CONTROL_PATH_DIR"
 MOST_BYTES = 107
 """Bytes of a Unix socket's path on Linux, without the zero at its end (unix(7))."""
@@ -22,7 +24,7 @@ SHORT_FOLDER = "/tmp"
 def settings() -> dict[str, str]:
     """Return Ansible's setting of the folder if its own has too long a path and the user gave none, else nothing."""
     home = Path(os.environ.get("ANSIBLE_HOME") or Path.home() / ".ansible")
-    if os.environ.get(VARIABLE) or fits(home.expanduser() / "cp"):
+    if os.environ.get(VARIABLE) or fits(expanded(home) / "cp"):
         return {}
     return {VARIABLE: str(_own_folder(Path(SHORT_FOLDER) / f"mixtral-run-{os.getuid()}"))}
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mixtral_run.config.home_folder import expanded
 from mixtral_run.errors import ConfigError, MixtralRunError
 from mixtral_run.fleet.hosts import GROUP, Host, inventory_names, unresolved_variables
 from mixtral_run.fleet.plays import control_sockets
@@ -126,7 +127,7 @@ def parse_extra_vars(words: Sequence[str]) -> tuple[list[Path], dict[str, Any]]:
     problems: list[str] = []
     for word in words:
         if word.startswith("@"):
-            file = Path(word[1:]).expanduser().resolve()
+            file = expanded(word[1:]).resolve()
             files.append(file)
             problems += [] if file.is_file() else [f"{word}: there is no such file"]
         elif word.lstrip().startswith(("{", "[")):

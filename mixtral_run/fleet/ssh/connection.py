@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TypeVar
 
+from mixtral_run.config.home_folder import expanded
 from mixtral_run.errors import HostError
 from mixtral_run.fleet.hosts import Host
 from mixtral_run.fleet.ssh.problems import connection_error, is_dropped, last_line
@@ -303,7 +304,7 @@ class Ssh:
         lines = _call(resolve_argv(host)).output.splitlines()
         files = [line.split(" ", 1)[1] for line in lines if line.startswith("identityfile ")]
         for file in files:
-            public = Path(file + ".pub").expanduser()
+            public = expanded(file + ".pub")
             if public.is_file():
                 return public.read_text(encoding="utf-8").strip()
         offered = _call(["ssh-add", "-L"])

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from mixtral_run.config.home_folder import expanded
 from mixtral_run.config.verbs.weights import ConvertConfig
 from mixtral_run.errors import ConfigError, WeightsError, shortened
 from mixtral_run.terminal.report import Report
@@ -221,7 +222,7 @@ def _check(config: ConvertConfig, model: str, report: Report) -> tuple[HFWeights
     what = "an earlier checkpoint of this kit"
     problems = output_problems(config.output_path, overwrite=config.overwrite, is_ours=_is_base, what=what)
     try:
-        refuse_other_kinds("--hf-model-path", Path(model).expanduser(), HF_MODEL)
+        refuse_other_kinds("--hf-model-path", expanded(model), HF_MODEL)
         weights = open_hf_weights(resolve(model, report, lambda found: _check_before_download(config, found, problems)))
     except WeightsError as error:
         error.problems = (*error.problems, *_layout_problems(config, model), *problems)

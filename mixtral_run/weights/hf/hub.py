@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mixtral_run.config.fields import Config
+from mixtral_run.config.home_folder import expanded
 from mixtral_run.config.names.hub_names import HF_MODEL_SETTINGS, hub_name_and_revision, may_be_hub_name
 from mixtral_run.errors import WeightsError
 from mixtral_run.model.architecture import EXAMPLE_NAME, MixtralArchitecture
@@ -56,7 +57,7 @@ BeforeDownload = Callable[[HubModel], object]
 
 def is_on_hub(path: Path | str) -> bool:
     """Return True if a path is a hub name: it has the form of one, and no local folder has, or had, that path."""
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     return may_be_hub_name(str(path)) and not folder.exists() and how_to_restore(folder) is None
 
 
@@ -99,7 +100,7 @@ def resolve_description(hf_model_path: str, report: Report) -> Path:
 
 def _local_directory(hf_model_path: str) -> Path | None:
     """Return a local directory, or None for a hub name. Raises WeightsError for anything else."""
-    directory = Path(hf_model_path).expanduser()
+    directory = expanded(hf_model_path)
     try:
         if directory.is_dir():
             return directory

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mixtral_run.config.home_folder import expanded
 from mixtral_run.weights.store.problems import needs_package, repeated
 
 BLOCK_BYTES = 16 * 2**20
@@ -121,4 +122,4 @@ def _find_credentials() -> None:
 def hf_home() -> Path:
     """Return the folder of Hugging Face's cache, by the rules of its own client."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("HF_HOME") or f"{cache}/huggingface").expanduser()
+    return expanded(os.environ.get("HF_HOME") or f"{cache}/huggingface")

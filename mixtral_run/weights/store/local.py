@@ -7,6 +7,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from mixtral_run.config.home_folder import expanded
 from mixtral_run.run_lock import LOCK_NAME
 from mixtral_run.weights.store.folder import hf_home
 
@@ -48,7 +49,7 @@ class LocalCopy:
 def cache_root() -> Path:
     """Return the folder of all copies."""
     given = os.environ.get(VARIABLE)
-    return Path(given).expanduser().absolute() if given else hf_home().absolute() / "mixtral-run-stores"
+    return expanded(given).absolute() if given else hf_home().absolute() / "mixtral-run-stores"
 
 
 def is_output_copy(folder: Path) -> bool:
