@@ -18,6 +18,7 @@ from mixtral_run.fleet.bootstrap import host_lock
 from mixtral_run.fleet.bootstrap.host_lock import hold_locks, holder_text
 from mixtral_run.fleet.history import history_of
 from mixtral_run.fleet.hosts import Host, parse_host
+from mixtral_run.fleet.plays import control_sockets
 from mixtral_run.fleet.ssh.connection import Ssh
 from tests.hosts.conftest import PLAYBOOKS, HostMaker, Run
 from tests.hosts.light_hosts import LightHost
@@ -123,7 +124,9 @@ def test_a_play_without_the_command_line_keeps_others_away_as_well(host: LightHo
 
     def play(*more: str) -> subprocess.Popen[bytes]:
         argv = [*map(str, words), *more]
-        return subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        # The test's home folder may have a path that is too long for Ansible's sockets.
+        environment = {**os.environ, **control_sockets.settings()}
+        return subprocess.Popen(argv, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     with hold_locks(Ssh(), (target,), "mixtral-run teardown"):
         refused = play()
