@@ -26,7 +26,7 @@ SHA, COMMIT = "5" * 64, "c" * 40
 def record(tmp_path: Path) -> RunRecord:
     settings = FinetuneConfig(load=Path("base"), save=tmp_path, lr=3e-4).to_mapping()
     kit = {"version": "1.2", "commit": COMMIT, "modified": False}
-    return RunRecord("my run", "0a1b2c3d", "2026-01-01T00:00:00Z", kit, {"path": "base"}, {"sha256": SHA}, settings)
+    return RunRecord("my run", "0a1b2c3d", "2026-01-01T00:00:00Z", kit, {"path": "base"}, {"sha256": SHA}, settings, [])
 
 
 def log(names: tuple[str, ...], record: RunRecord, save: Path, losses: dict[int, float]) -> None:

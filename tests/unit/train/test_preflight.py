@@ -72,8 +72,11 @@ def test_attention_in_8_bit_is_refused_on_other_gpus_and_not_on_a_cpu(
     assert preflight.layout_problems(config(tmp_path, attention_precision="fp8"), base) == []
     monkeypatch.setattr(preflight, "available_gpu", lambda *_: SimpleNamespace(compute_capability=(8, 6)))
     odd = BaseDescription(Path("base"), dataclasses.replace(MIXTRAL_8X7B, vocab_size=32002), "bfloat16", "")
-    problems = preflight.layout_problems(config(tmp_path, attention_precision="fp8", dtype="fp32"), odd)
-    assert [each.rpartition("found ")[2] for each in problems] == ["8.6", "another dtype", "32002"]
+    given = config(
+        tmp_path, attention_precision="fp8", dtype="fp32", tensor_model_parallel_size=1, expert_model_parallel_size=1
+    )
+    problems = preflight.layout_problems(given, odd)
+    assert [each.rpartition("found ")[2].partition(";")[0] for each in problems] == ["8.6", "another dtype", "32002"]
 
 
 @pytest.fixture
