@@ -17,14 +17,14 @@ VARIABLE = "ANSIBLE_SSH_CONTROL_PATH_DIR"
 MOST_BYTES = 107
 """Bytes of a Unix socket's path on Linux, without the zero at its end (unix(7))."""
 NAME_BYTES = 1 + 10 + 1 + 16
-"""Of a socket in the folder: Ansible's hash, and the ending that ssh adds while it makes the socket."""
+"""Bytes of a socket's name with the slash: Ansible's hash, and the ending that ssh adds while it makes the socket."""
 SHORT_FOLDER = "/tmp"
 
 
 def settings() -> dict[str, str]:
     """Return Ansible's setting of the folder if its own has too long a path and the user gave none, else nothing."""
-    home = Path(os.environ.get("ANSIBLE_HOME") or Path.home() / ".ansible")
-    if os.environ.get(VARIABLE) or fits(expanded(home) / "cp"):
+    home = expanded(os.environ.get("ANSIBLE_HOME") or "~/.ansible")
+    if os.environ.get(VARIABLE) or fits(home / "cp"):
         return {}
     return {VARIABLE: str(_own_folder(Path(SHORT_FOLDER) / f"mixtral-run-{os.getuid()}"))}
 

@@ -227,13 +227,9 @@ class ColumnLinear(FrozenColumnLinear):
         """
         if self.adapter is not None and self.adapter.stands_alone(self.tp_group):
             return adapted_linear(hidden, frozen_weight(self), self.adapter, recipe)
-        if self.adapter is None and self.tp_group.size() == 1:
-            weight = frozen_weight(self)
-            if isinstance(weight, Tensor) and is_one(hidden, weight):
-                return product_of_one(hidden, weight)
-        output = self.base_output(hidden)
         if self.adapter is None:
-            return output
+            return _without_adapter(self, hidden)
+        output = self.base_output(hidden)
         inner = self.adapter.inner(hidden, recipe)
         if self.sequence_parallel:
             inner = gather_from_sequence_parallel_region(inner, group=self.tp_group)
@@ -280,13 +276,9 @@ class RowLinear(FrozenRowLinear):
         """
         if self.adapter is not None and self.adapter.stands_alone(self.tp_group):
             return adapted_linear(hidden, frozen_weight(self), self.adapter, recipe)
-        if self.adapter is None and self.tp_group.size() == 1:
-            weight = frozen_weight(self)
-            if isinstance(weight, Tensor) and is_one(hidden, weight):
-                return product_of_one(hidden, weight)
-        output = self.base_output(hidden)
         if self.adapter is None:
-            return output
+            return _without_adapter(self, hidden)
+        output = self.base_output(hidden)
         inner = self.adapter.inner(hidden, recipe)
         if self.sequence_parallel:
             inner = reduce_scatter_to_sequence_parallel_region(inner, group=self.tp_group)
@@ -298,6 +290,14 @@ class RowLinear(FrozenRowLinear):
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         return _with_adapter(self, 1, prefix, sharded_offsets, metadata)
+
+
+def _without_adapter(layer: ColumnLinear | RowLinear, hidden: Tensor) -> Tensor:
+    """Return the output of a layer without an adapter; that of one token by a kernel of its own (few_tokens.py)."""
+    weight = frozen_weight(layer)
+    if layer.tp_group.size() == 1 and isinstance(weight, Tensor) and is_one(hidden, weight):
+        return product_of_one(hidden, weight)
+    return layer.base_output(hidden)
 
 
 def _with_adapter(

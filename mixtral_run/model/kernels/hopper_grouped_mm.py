@@ -27,7 +27,7 @@ are stored. Hopper multiplies 8-bit operands only if they are contiguous along t
 not: they go through registers, where they are transposed on their way (csrc/product_registers.cuh), each word once for
 up to 256 tokens.
 
-The kernel is CUDA C++ (csrc/product.cu), since neither Triton nor Gluon has instructions of such widths, or pairs that
+The kernel is CUDA C++ (csrc/product.cu), since Triton has no instructions of such widths, or pairs that
 share their loads. NVRTC, which comes with torch, compiles it; the binary is cached in Triton's cache folder. Concurrent
 calls on several streams would mix their pieces; the model uses one stream.
 """
@@ -48,7 +48,7 @@ from mixtral_run.model.kernels.csrc.build import checked, compiled
 FEATURES = 128
 """Features of a program's tile."""
 ROW_BYTES = 128
-"""Of a slice along the sum."""
+"""Bytes of a row or a column in a slice along the sum."""
 MOST_RANK = 64
 MOST_EXPERTS = 64
 MOST_PAIRS = 128

@@ -1,4 +1,4 @@
-// What product.cu does in registers for 8-bit products: operands that are transposed there, scales, the adapter's part.
+// Work in registers for the 8-bit products of product.cu: operands that are transposed, scales, the adapter's part.
 //
 // Hopper multiplies 8-bit numbers only if both operands are contiguous along the sum, which weights are not for the
 // gradient. The weights' operand then comes from registers, where row m of a warp's 16 rows holds four numbers of the sum.
@@ -35,7 +35,7 @@ __device__ __forceinline__ float load_early(const float* from) {
   return value;
 }
 
-// What is done with a tile's sums before they are stored; what it needs is loaded before the sums begin.
+// Finishes a tile's sums before they are stored. Loads its inputs before the sums begin.
 template <bool TRANSPOSED>
 struct Epilogue {
   const Parameters& p;
