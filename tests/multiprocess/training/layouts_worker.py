@@ -264,10 +264,12 @@ def add_variants(results: dict[str, Any], of_layout: Callable[..., FinetuneConfi
         again = train(changed, mesh, 0, 2)
         results[name], results["router"][name] = again["figures"], again["router"]
     # Other numbers, but the same in every layout: a weight that TP splits has the scales of the whole.
-    small = train(of_layout(attention_precision="fp8"), mesh, 0, 2)
-    with torch.no_grad():
-        logits = small["model"].logits(torch.tensor(ROWS[:1], device=mesh.device))
-    results["attention_fp8"] = {"figures": small["figures"], "logits": logits.double().tolist()}
+    # On GPUs these products return bf16 and refuse the fp32 of these runs.
+    if mesh.device.type == "cpu":
+        small = train(of_layout(attention_precision="fp8"), mesh, 0, 2)
+        with torch.no_grad():
+            logits = small["model"].logits(torch.tensor(ROWS[:1], device=mesh.device))
+        results["attention_fp8"] = {"figures": small["figures"], "logits": logits.double().tolist()}
     results["dropout"] = {}
     for mode in RECOMPUTE:
         seed_everything(1, mesh.rank)
