@@ -131,5 +131,5 @@ def test_make_lock_asks_for_the_images_of_the_role(
 def test_the_lock_that_is_here_has_digests_of_the_roles_images() -> None:
     lock = json.loads((locks.IMAGE_LOCKS / "base-images.json").read_text())
     defaults = yaml.safe_load((locks.ROOT / "roles/image/defaults/main.yml").read_text())
-    assert set(lock) <= set(defaults["image_base_images"].values())
+    assert set(lock) == set(defaults["image_base_images"].values())
     assert all(re.fullmatch(r"sha256:[0-9a-f]{64}", digest) for digest in lock.values())
