@@ -1,11 +1,13 @@
 """The start of a command, by process and by what it does: samples of the main thread's stack, every 20 ms.
 
     python -m benchmarks.start [--every 0.02] [--from-scratch] -- finetune --load … --mock-data --train-iters 3 …
+    python -m benchmarks.start --trace torch._dynamo -- …      # prints what imports a module, in each process
 
 The command runs as `python -m mixtral_run`, first with an empty folder for compiled kernels (--from-scratch: only so),
 again with what the first run compiled. Every Python process of it samples itself from its first moment on. A row is a
 stretch of one activity: the function of the kit that was called last, and the package that it imports, if it does.
-Stretches shorter than 0.1 s are summed up as "…". The last line is one JSON object.
+Stretches shorter than 0.1 s are summed up as "…". Kernels that a run compiled are listed by name: with kernels of
+compile_kernels in MIXTRAL_RUN_KERNELS there should be none. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -48,6 +50,13 @@ def _sample(main, file, every):
                 out.write(repr((time.time(), doing)) + "\\n")
                 last = doing
             time.sleep(every)
+class _Tracer:
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ.get("MIXTRAL_RUN_BENCH_TRACE"):
+            import traceback
+            sys.stderr.write(f"[{os.getpid()}] imports {name}\\n" + "".join(traceback.format_stack()[-30:]))
+        return None
+sys.meta_path.insert(0, _Tracer())
 def _start():
     file = os.path.join(os.environ["MIXTRAL_RUN_BENCH_START"], f"{os.getpid()}-{time.time():.3f}.txt")
     arguments = (threading.main_thread().ident, file, float(os.environ["MIXTRAL_RUN_BENCH_EVERY"]))
@@ -57,7 +66,17 @@ os.register_at_fork(after_in_child=_start)
 """
 
 
-def measured(words: list[str], cache: Path, every: float) -> dict[str, Any]:
+def compiled_in(cache: Path) -> dict[str, str]:
+    """Return the name of what each entry of a cache of Triton's holds."""
+    entries = {}
+    for each in cache.iterdir() if cache.is_dir() else ():
+        files = sorted(each.glob("*.json")) or sorted(each.glob("*.so")) if each.is_dir() else [each]
+        names = [file.name for file in files if not file.name.startswith("__grp__")]
+        entries[each.name] = names[0] if names else "?"
+    return entries
+
+
+def measured(words: list[str], cache: Path, every: float, trace: str) -> dict[str, Any]:
     """Run the command and return the stretches of each of its processes, in seconds since its start."""
     import ast
 
@@ -71,13 +90,16 @@ def measured(words: list[str], cache: Path, every: float) -> dict[str, Any]:
             "MIXTRAL_RUN_BENCH_START": str(folder / "samples"),
             "MIXTRAL_RUN_BENCH_EVERY": str(every),
             "TRITON_CACHE_DIR": str(cache),
+            "MIXTRAL_RUN_BENCH_TRACE": trace,
         }
+        known = {*compiled_in(cache), *compiled_in(Path(os.environ.get("MIXTRAL_RUN_KERNELS") or own))}
         began = time.time()
         argv = [sys.executable, "-m", "mixtral_run", *words]
         done = subprocess.run(argv, env=environment, check=False, capture_output=True, text=True)
         seconds = time.time() - began
-        if done.returncode:
-            print(done.stdout[-2000:], done.stderr[-2000:], file=sys.stderr)
+        if done.returncode or trace:
+            print(done.stdout[-2000:], done.stderr[-20000:], file=sys.stderr)
+        new = sorted(name for entry, name in compiled_in(cache).items() if entry not in known)
         processes = {}
         for file in sorted((folder / "samples").iterdir(), key=lambda each: each.stem.split("-")[1]):
             samples = [ast.literal_eval(line) for line in file.read_text().splitlines()]
@@ -86,7 +108,7 @@ def measured(words: list[str], cache: Path, every: float) -> dict[str, Any]:
                 (at - began, max(end - at, 0.0), doing) for (at, doing), end in zip(samples, ends, strict=True)
             ]
             processes[f"{file.stem.split('-')[0]} {samples[0][1]}"] = stretches[1:]
-    return {"seconds": seconds, "returncode": done.returncode, "processes": processes, "output": done.stdout[-1500:]}
+    return {"seconds": seconds, "returncode": done.returncode, "processes": processes, "compiled": new}
 
 
 def show(found: dict[str, Any]) -> None:
@@ -102,6 +124,7 @@ def show(found: dict[str, Any]) -> None:
                     print(f"    {at:6.2f} +{seconds:5.2f}  {doing}")
             elif sum(seconds for _, seconds, _ in rows) >= SHORT:
                 print(f"    {rows[0][0]:6.2f} +{sum(seconds for _, seconds, _ in rows):5.2f}  …")
+    print(f"  compiled in this run: {len(found['compiled'])} {' '.join(found['compiled'])}")
 
 
 def main() -> None:
@@ -109,6 +132,7 @@ def main() -> None:
     parser.add_argument("--every", type=float, default=0.02, help="seconds between samples")
     parser.add_argument("--from-scratch", action="store_true", help="only the first start")
     parser.add_argument("--cache", type=Path, help="folder of compiled kernels; default: a new one")
+    parser.add_argument("--trace", default="", metavar="MODULE", help="print what imports this module")
     parser.add_argument("words", nargs=argparse.REMAINDER, help="-- and the command; SAVE is replaced by a new folder")
     arguments = parser.parse_args()
     words = [each for each in arguments.words if each != "--"]
@@ -116,7 +140,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as own:
         for number in range(1 if arguments.from_scratch else 2):
             called = [each.replace("SAVE", f"{own}/save-{number}") for each in words]
-            results.append(measured(called, arguments.cache or Path(own) / "kernels", arguments.every))
+            results.append(measured(called, arguments.cache or Path(own) / "kernels", arguments.every, arguments.trace))
             show(results[-1])
     print(json.dumps([{"seconds": each["seconds"], "returncode": each["returncode"]} for each in results]))
 
