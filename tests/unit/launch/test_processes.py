@@ -1,4 +1,7 @@
-"""The number of processes of a job, and layouts that do not fit it."""
+"""The number of processes of a job, layouts that do not fit it, and the imports that the processes share."""
+
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -7,6 +10,22 @@ from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.launch.heartbeat import DIRECTORY_VARIABLE
 from mixtral_run.launch.processes import num_processes
+
+PRELOAD = """
+import gc, sys
+import mixtral_run.launch.preload
+print(gc.isenabled(), gc.get_freeze_count(), len(gc.get_objects()))
+print(*(each for each in sys.argv[1:] if each in sys.modules))
+"""
+
+
+def test_processes_are_forked_with_frozen_imports_and_without_torchs_compiler() -> None:
+    """A collection in a forked process would visit all objects of the imports, which copies their memory."""
+    words = ["torch._dynamo", "torch._inductor", "torch"]
+    found = subprocess.run([sys.executable, "-c", PRELOAD, *words], capture_output=True, text=True, check=True)
+    enabled, frozen, others, *imported = found.stdout.split()
+    assert enabled == "True" and imported == ["torch"]
+    assert int(frozen) > 100_000 and int(others) < 1_000
 
 
 def test_more_processes_are_suggested_only_if_there_are_gpus_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
