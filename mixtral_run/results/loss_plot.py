@@ -21,6 +21,14 @@ Curve = tuple[str, Points, int, bool]
 _COLORS, _GRID = ("#1f6feb", "#d1632a"), "#d0d7de"
 
 
+def import_matplotlib() -> None:
+    """Import the parts of matplotlib that a plot needs. Raises ImportError if it is not installed."""
+    from matplotlib import figure, ticker
+    from matplotlib.backends import backend_agg
+
+    del figure, ticker, backend_agg
+
+
 def write_loss_plot(
     path: Path, training: Points, validation: Points = (), *, title: str, label: str = "lm loss"
 ) -> None:

@@ -135,6 +135,10 @@ class RunCheckpoints:
                 f"hosts, and may take {USABLE_OF_HOST:.0%} of the memory that is free on each"
             )
 
+    def plan_ahead(self) -> None:
+        """Begin to plan the next save beside the training, after the first iteration of this process."""
+        self._saver.plan_ahead()
+
     def save(self, iteration: int, *, goes_on: bool) -> None:
         """Save the adapter, the optimizer and the state of the run, and remove old checkpoints.
 

@@ -80,6 +80,10 @@ def train_and_save(
         run.meter.restart()
     for metrics in train_iterations(run, stop):
         done = metrics.iteration
+        if done == run.start + 1:
+            # From here on the host mostly waits for the GPU.
+            checkpoints.plan_ahead()
+            outcome.prepare_report()
         checkpoints.poll()
         if run.mesh.is_first and (done % config.log_interval == 0 or done == config.iterations):
             show(run, metrics)

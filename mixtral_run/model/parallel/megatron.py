@@ -48,6 +48,7 @@ with _trimmed():
         mcore_to_pyt_state_dict,
     )
     from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
+    from megatron.core.dist_checkpointing.validation import validate_sharding_integrity
     from megatron.core.models.gpt import GPTModel
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
     from megatron.core.tensor_parallel.mappings import (
@@ -95,4 +96,5 @@ __all__ = [
     "reduce_scatter_to_sequence_parallel_region",
     "replace_keys_with_sharded_keys",
     "save_preprocess",
+    "validate_sharding_integrity",
 ]

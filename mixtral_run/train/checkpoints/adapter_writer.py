@@ -24,6 +24,7 @@ from mixtral_run.model.parallel.megatron import (
     mcore_to_pyt_state_dict,
     replace_keys_with_sharded_keys,
     save_preprocess,
+    validate_sharding_integrity,
 )
 from mixtral_run.weights.load.read_parts import default_workers
 from mixtral_run.weights.manifest.adapter_files import checksums
@@ -33,12 +34,15 @@ from mixtral_run.weights.torch_dist.shard_file import can_write, write_shards
 class AdapterWriter:
     """The plan of the files of an adapter, made once; then it writes what the shards hold, as often as wanted.
 
-    All ranks must create one. Raises Megatron's CheckpointingException if a part of a tensor has not exactly one shard.
+    All ranks must create one. It can be created in a thread beside the training if it has a process group of its own.
+    Raises Megatron's CheckpointingException if a part of a tensor has not exactly one shard.
     """
 
-    def __init__(self, shards: Mapping[str, ShardedTensor]) -> None:
+    def __init__(self, shards: Mapping[str, ShardedTensor], group: dist.ProcessGroup | None = None) -> None:
+        """group: of all ranks, for objects; None for the group of the training."""
         rank, size = dist.get_rank(), dist.get_world_size()
-        checked, _ = save_preprocess(dict(shards))
+        # Megatron's own check of the shards gathers them over the group of the training.
+        checked, _ = save_preprocess(dict(shards), validate_access_integrity=False)
         by_key, _, _ = replace_keys_with_sharded_keys(checked, True)
         # dedup_replicated_tensors: only main replicas are left.
         self._planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
@@ -46,9 +50,10 @@ class AdapterWriter:
         own = self._planner.create_local_plan()
         # In the order in which torch's writer copies tensors from a GPU.
         own.items.sort(key=_num_bytes)
-        plans: list[Any] = [None] * size
-        dist.all_gather_object(plans, own)
-        plans, self._metadata = self._planner.create_global_plan(plans)
+        found: list[Any] = [None] * size
+        dist.all_gather_object(found, (own, [each.without_data() for each in shards.values()]), group=group)
+        validate_sharding_integrity([described for _, described in found])
+        plans, self._metadata = self._planner.create_global_plan([plan for plan, _ in found])
         self._plan = self._planner.finish_plan(FileSystemWriter(".").prepare_global_plan(plans)[rank])
 
     def write(self, folder: Path) -> tuple[list[Any], dict[str, str]]:

@@ -16,7 +16,7 @@ from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.model.routing.router_counts import RouterCounts
 from mixtral_run.results import run_files
 from mixtral_run.results.kit import this_kit
-from mixtral_run.results.loss_plot import write_loss_plot
+from mixtral_run.results.loss_plot import import_matplotlib, write_loss_plot
 from mixtral_run.results.read_run import curve, loss_summary, preference_summary, read_run
 from mixtral_run.results.report_page import ExampleText, report_page
 from mixtral_run.terminal.report import Report
@@ -27,6 +27,7 @@ from mixtral_run.train.outcome.example_texts import Decode, example_texts, promp
 from mixtral_run.train.outcome.generations import LONGEST_PROMPT, Generations
 from mixtral_run.train.outcome.router_log import RouterLog, router_summary
 from mixtral_run.train.summary import Summary
+from mixtral_run.weights.io.daemon_threads import Beside
 from mixtral_run.weights.io.files import write_atomically
 from mixtral_run.weights.manifest.describe import BaseDescription
 
@@ -118,6 +119,12 @@ class Outcome:
         self.router = RouterLog(counts, config.folder, config.log_interval, config.iterations, is_first=mesh.is_first)
         self.generations = Generations(prompts, config.report_tokens, self._tokenizer, file)
         self._opened: tuple[Decode, frozenset[int]] | None = None
+        self._imported: Beside[None] | None = None
+
+    def prepare_report(self) -> None:
+        """Begin to import what draws the plot, which takes half a second, in a thread beside the training."""
+        if self.record is not None and self._config.report:
+            self._imported = Beside(import_matplotlib, "import of matplotlib")
 
     def start(self) -> None:
         """Write run.json. All ranks must call."""
@@ -143,6 +150,8 @@ class Outcome:
         data = read_run(save)
         best = save if summary.validation is None else summary.validation.best_adapter(save)
         try:
+            if self._imported is not None:
+                self._imported.result()
             training, validation = curve(data.metrics, "loss"), curve(data.validation, "loss")
             title = f"Loss of {self.record.name}"
             write_loss_plot(save / run_files.LOSS_PLOT, training, validation, title=title, label=self._config.loss_name)

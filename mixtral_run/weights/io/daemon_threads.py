@@ -1,13 +1,62 @@
-"""Work in several threads that cannot keep the process from ending."""
+"""Work in threads that cannot keep the process from ending."""
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
+
+SWITCH_SECONDS = 2e-4
+"""Time that a thread may keep the interpreter from others while a call runs beside. By default it is 5 ms, and the main
+thread, which gives the interpreter away in every operation of torch, would wait that long for each."""
+_beside: list[float] = []
+_beside_lock = threading.Lock()
+
+
+class Beside(Generic[ResultT]):
+    """A call that runs in a thread from now on, beside what this thread does. `result` waits for it."""
+
+    def __init__(self, call: Callable[[], ResultT], name: str) -> None:
+        self._call: Callable[[], ResultT] | None = call
+        self._results: list[ResultT] = []
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def result(self) -> ResultT:
+        """Wait for the end of the call, and return what it returned or raise what it raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._results[0]
+
+    def _run(self) -> None:
+        _share_interpreter(more=True)
+        try:
+            assert self._call is not None
+            self._results.append(self._call())
+        except BaseException as error:
+            self._error = error
+        finally:
+            # What the call refers to may be large.
+            self._call = None
+            _share_interpreter(more=False)
+
+
+def _share_interpreter(*, more: bool) -> None:
+    """Shorten the turns of threads from the begin of the first call that runs beside to the end of the last one."""
+    with _beside_lock:
+        if more:
+            _beside.append(sys.getswitchinterval())
+            sys.setswitchinterval(min(SWITCH_SECONDS, _beside[0]))
+        else:
+            before = _beside[0] if len(_beside) == 1 else SWITCH_SECONDS
+            _beside.pop()
+            sys.setswitchinterval(before)
 
 
 def map_in_daemons(

@@ -6,15 +6,19 @@ A power cut at any point leaves a checkpoint that LATEST names and that is whole
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from mixtral_run.errors import TrainingError
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh
+from mixtral_run.train.checkpoints import saving
+from mixtral_run.train.checkpoints.adapter_writer import AdapterWriter
 from mixtral_run.train.checkpoints.checkpoint import load_adapter, load_optimizer
 from mixtral_run.train.checkpoints.saving import AdapterSaver, SaveRequest
 from mixtral_run.train.steps.step import trainable
@@ -172,3 +176,58 @@ def test_a_resumed_run_has_the_parameters_and_moments_of_the_saved_one(mesh: Mes
             assert state["step"].item() == expected
             torch.testing.assert_close(state["exp_avg"], torch.full_like(each, 0.05))
             torch.testing.assert_close(state["exp_avg_sq"], torch.full_like(each, 0.00025))
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["after a step", "before the first step"])
+def test_saves_of_a_plan_made_ahead_are_those_without_one(
+    mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, early: bool
+) -> None:
+    """A plan that does not know the moments yet is not used. A good one serves all saves, with what is trained then."""
+    made: list[dist.ProcessGroup | None] = []
+
+    def writer(shards: object, group: dist.ProcessGroup | None = None) -> AdapterWriter:
+        made.append(group)
+        return AdapterWriter(shards, group)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(saving, "AdapterWriter", writer)
+    model = model_of(mesh, "none")
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    ahead = AdapterSaver(model, optimizer, tmp_path / "ahead")
+
+    def step() -> None:
+        for each in trainable(model):
+            each.grad = torch.full_like(each, 0.5)
+        optimizer.step()
+
+    if early:
+        ahead.plan_ahead()
+    step()
+    if not early:
+        ahead.plan_ahead()
+    for iteration in (4, 5):
+        ahead.save(SaveRequest(iteration, DESCRIPTION))
+        # The plan has a group of its own, as the training may be in a collective at the same time.
+        assert len(made) == (iteration - 2 if early else 1) and made[0] is not None
+        planned = len(made)
+        AdapterSaver(model, optimizer, tmp_path / "at once").save(SaveRequest(iteration, DESCRIPTION))
+        assert made.pop() is None and len(made) == planned
+        folders = [tmp_path / name / f"iter_{iteration:07d}" for name in ("ahead", "at once")]
+        files = [(each / "__0_0.distcp").read_bytes() for each in folders]
+        assert files[0] == files[1]
+        described = [pickle.loads((each / ".metadata").read_bytes()) for each in folders]
+        assert described[0].storage_data == described[1].storage_data
+        assert described[0].state_dict_metadata == described[1].state_dict_metadata
+        step()
+
+
+def test_a_plan_that_fails_beside_the_training_fails_the_save(
+    mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = trained(mesh)
+    saver = AdapterSaver(model, optimizer, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "adapter_shards", lambda *_: {"x": 1})
+        saver.plan_ahead()
+        with pytest.raises(AttributeError):
+            saver.save(SaveRequest(4, DESCRIPTION))
+    assert not (tmp_path / LATEST).exists()

@@ -25,6 +25,9 @@ class SlowSaver:
         self.saved: list[tuple[str, int]] = []
         self._seconds, self._wait, self._pending = seconds, wait, False
 
+    def plan_ahead(self) -> None:
+        self.planned_after = len(self.saved)
+
     def poll(self) -> None:
         return None
 
@@ -91,9 +94,10 @@ def test_after_a_stop_a_long_save_is_not_followed_by_another(
     iterations = [SimpleNamespace(iteration=each) for each in range(1, last + 1)]
     monkeypatch.setattr(run_loop, "train_iterations", lambda *_: iter(iterations))
     monkeypatch.setattr(run_checkpoints, "everywhere", lambda own, _: own and others)
-    outcome: Any = SimpleNamespace(router=Always(), generations=Always())
+    outcome: Any = SimpleNamespace(router=Always(), generations=Always(), prepare_report=lambda: None)
     stop: Any = SimpleNamespace(agreed=lambda: True)
     run_loop.train_and_save(run, config, checkpoints, stop, lambda *_: None, outcome)
+    assert saver.planned_after == 0
     assert saver.saved == expected and (run.last, run.saved) == (last, newest)
     printed = " ".join("".join(capsys.readouterr()).split())
     said = f"Iteration {last} is not saved: a save takes more than 150 s" in printed

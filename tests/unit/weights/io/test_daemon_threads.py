@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from mixtral_run.weights.io.daemon_threads import map_in_daemons
+from mixtral_run.weights.io.daemon_threads import SWITCH_SECONDS, Beside, map_in_daemons
 
 STUCK = """
 import sys, threading, time
@@ -56,3 +56,29 @@ def test_the_first_error_ends_what_has_not_begun_and_is_raised_after_all_threads
 
 def test_a_call_that_never_returns_does_not_keep_the_process() -> None:
     assert subprocess.run([sys.executable, "-c", STUCK], timeout=30, check=False).returncode == 6
+
+
+def test_a_call_beside_gives_its_result_or_its_error_and_turns_are_short_only_meanwhile() -> None:
+    before = sys.getswitchinterval()
+    assert before > SWITCH_SECONDS
+    gates = [threading.Event(), threading.Event()]
+
+    def wait(number: int) -> int:
+        gates[number].wait(30)
+        if number:
+            raise OSError("the second one fails")
+        return 7
+
+    first, second = Beside(lambda: wait(0), "first"), Beside(lambda: wait(1), "second")
+    while sum(each.name in ("first", "second") for each in threading.enumerate()) < 2:
+        time.sleep(0.001)
+    deadline = time.monotonic() + 30
+    while sys.getswitchinterval() != pytest.approx(SWITCH_SECONDS) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    gates[0].set()
+    assert first.result() == 7
+    assert sys.getswitchinterval() == pytest.approx(SWITCH_SECONDS)
+    gates[1].set()
+    with pytest.raises(OSError, match="the second one fails"):
+        second.result()
+    assert sys.getswitchinterval() == pytest.approx(before)
