@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 
@@ -17,6 +18,7 @@ from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.model.start_from_weights import start_from_weights
 from mixtral_run.train.checkpoints.checkpoint import load_adapter, load_base
 from mixtral_run.train.quantized_experts import CacheOptions
+from mixtral_run.train.steps.warm_up import warm_up
 from mixtral_run.weights.manifest.describe import AdapterDescription, BaseDescription, check_adapter_fits
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -52,7 +54,7 @@ def load_for_training(
     if isinstance(config, FinetuneConfig):
         chunks, attention = config.expert_chunks or 1, config.attention_precision
     settings = ModelSettings(dtype, True, lora, recompute, base_precision, config.kernels, chunks, attention)
-    model = _build(base, settings, mesh, cache)
+    model = _build(base, settings, mesh, cache, lambda: warm_up(mesh, dtype))
     if not (isinstance(config, FinetuneConfig) and (config.resume or config.init_adapter)):
         # Otherwise a checkpoint has the start.
         start_from_weights(model)
@@ -82,11 +84,15 @@ def loaded(model: MixtralModel, base: BaseDescription) -> BaseDescription:
 
 
 def _build(
-    base: BaseDescription, settings: ModelSettings, mesh: Mesh, cache: CacheOptions | None = None
+    base: BaseDescription,
+    settings: ModelSettings,
+    mesh: Mesh,
+    cache: CacheOptions | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> MixtralModel:
     try:
         model = build_model(base.architecture, settings, mesh)
-        load_base(model, base, cache)
+        load_base(model, base, cache, meanwhile)
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             "The model does not fit on the GPU in this layout.",

@@ -280,6 +280,12 @@ def _takes_own_product(rows: Tensor, weight: Tensor, width: int, depth: int, ran
     return fits(weight.shape[0], width, depth, rank)
 
 
+def prepare_products(probe: Tensor) -> None:
+    """Load the products of the experts, and test them as their first call would. probe: any tensor on the device."""
+    if capability_of(probe.device) == (9, 0) and not is_portable(probe):
+        _own_product_runs(probe.device)
+
+
 @functools.cache
 def _own_product_runs(device: torch.device) -> bool:
     """Return True if hopper_grouped_mm.py compiles on this machine and small products of it are right."""

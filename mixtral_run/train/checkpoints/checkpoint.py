@@ -26,6 +26,7 @@ from mixtral_run.weights.adapter.peft_factors import PeftFactors
 from mixtral_run.weights.adapter.schema import LINEAR_KEYS, is_of_optimizer, linear_in_key
 from mixtral_run.weights.hf.fingerprint import fingerprint_of_checksums
 from mixtral_run.weights.hf.hf_weights import HFWeights
+from mixtral_run.weights.io.daemon_threads import Beside
 from mixtral_run.weights.load.read_parts import PartSum, Target, checksums_of, read_into
 from mixtral_run.weights.manifest.base_checkpoint import is_of_model
 from mixtral_run.weights.manifest.checkpoint_folder import newest_iteration
@@ -33,7 +34,12 @@ from mixtral_run.weights.manifest.describe import AdapterDescription, BaseDescri
 from mixtral_run.weights.mapping.hf_to_megatron import VOCABULARY_KEYS
 
 
-def load_base(model: MixtralModel, base: BaseDescription, cache: CacheOptions | None = None) -> None:
+def load_base(
+    model: MixtralModel,
+    base: BaseDescription,
+    cache: CacheOptions | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> None:
     """Fill the model's base weights from a checkpoint of any TP/EP layout, or from an HF directory.
 
     With a base in 8 or 4 bit the experts are read from the quantized cache, as `cache` allows, or quantized one layer
@@ -45,11 +51,13 @@ def load_base(model: MixtralModel, base: BaseDescription, cache: CacheOptions | 
     """
     experts = ExpertCache(model, base, cache or CacheOptions())
     if base.weights is not None:
-        model.base_fingerprint = _read_hf(model, base.weights, experts)
+        model.base_fingerprint = _read_hf(model, base.weights, experts, meanwhile)
         return
     with BaseReader(newest_iteration(base.folder)) as reader:
+        beside = Beside(meanwhile, "beside the load")
         # Experts in 8 or 4 bit have no memory yet and therefore no shards.
         reader.read(shards_of(model, adapters=False).values())
+        beside.result()
         reader.agree()
         model.quantize_attention()
         model.base_fingerprint = base.fingerprint
@@ -69,10 +77,12 @@ def _expert_shards(model: MixtralModel) -> dict[str, ShardedTensor]:
     return {name: each for name, each in shards_of(model, adapters=False).items() if ".mlp.experts." in name}
 
 
-def _read_hf(model: MixtralModel, weights: HFWeights, experts: ExpertCache) -> str:
+def _read_hf(model: MixtralModel, weights: HFWeights, experts: ExpertCache, meanwhile: Callable[[], None]) -> str:
     """Fill the model, each rank its own part. Return the fingerprint of the weights that all ranks read."""
     reading = _HfReading(weights)
+    beside = Beside(meanwhile, "beside the load")
     reading.read(shards_of(model, adapters=False))
+    beside.result()
     checksums = reading.checksums()
     model.quantize_attention()
     if model.settings.base_precision == "bf16":

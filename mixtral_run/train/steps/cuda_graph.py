@@ -27,9 +27,10 @@ from mixtral_run.train.data.samples import MicroBatch
 from mixtral_run.train.steps.objective import Objective, backward
 from mixtral_run.train.steps.step import Backward, EagerBackward, trainable
 
-WARM_UP = 2
-"""Eager runs before the first capture: they compile kernels and set up libraries outside the graph. The second capture
-needs none: next to the first graph's memory, eager runs would need that of all activations again."""
+WARM_UP = 1
+"""Eager runs before the first capture: they compile kernels and set up libraries outside the graph. A second run would
+find nothing to set up. The second capture needs none: next to the first graph's memory, eager runs would need that of
+all activations again."""
 
 
 def execution_of(model: MixtralModel, num_tokens: int, *, peer_access: bool = False) -> policy.Execution:

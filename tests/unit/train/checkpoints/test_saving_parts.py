@@ -260,8 +260,10 @@ def test_experts_in_few_bits_are_read_from_the_cache_or_quantized(
     model.quantize_experts.side_effect = lambda reread, add: (reread(), add())
     experts.find.return_value = cached
     experts.load.side_effect = lambda found: found == "good"
-    checkpoint.load_base(model, base)
+    beside: list[bool] = []
+    checkpoint.load_base(model, base, None, lambda: beside.append(reader.__enter__.return_value.agree.called))
     assert model.base_fingerprint == "print" and read[0] == [1, 2]
+    assert beside == [False]  # it is over before the ranks agree
     assert experts.find.called is (precision != "bf16")
     quantizes = precision != "bf16" and cached != "good"
     assert read[1:] == ([[1]] if quantizes else [])
