@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixtral_run.model.adapters.lora import initial_linear_in, with_start
+from mixtral_run.model.adapters.lora import initial_linear_in, initial_linear_ins, with_start
 from mixtral_run.model.adapters.lora_experts import Adapters, adapted_experts
 from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.dispatch.permute import Permutation
@@ -81,12 +81,15 @@ class ExpertLinear(torch.nn.Module):
         self.initial_out: torch.nn.Parameter | None = None
         if self.lora is not None:
             shared = self.lora.shared
-            places: list[tuple[int, ...]] = [()] if shared else [(first + each,) for each in range(count)]
-            halves = [
-                initial_linear_in(self.lora.rank, inputs, self.lora, name, layer_number, *place) for place in places
-            ]
+            halves = (
+                [initial_linear_in(self.lora.rank, inputs, self.lora, name, layer_number)]
+                if shared
+                else initial_linear_ins(
+                    self.lora.rank, inputs, self.lora, name, layer_number, range(first, first + count)
+                )
+            )
             self.linear_in = torch.nn.Parameter(torch.stack(halves).to(device))
-            self.linear_out = torch.nn.Parameter(torch.zeros(len(places), outputs, self.lora.rank, device=device))
+            self.linear_out = torch.nn.Parameter(torch.zeros(len(halves), outputs, self.lora.rank, device=device))
             for half in (self.linear_in, self.linear_out):
                 mark(half, expert=not shared, shared=shared)
             if self.lora.starts_from_weights:

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -54,6 +55,14 @@ def initial_linear_in(rank: int, inputs: int, lora: LoraSettings, module: str, *
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     bound = 1.0 / math.sqrt(inputs)
     return torch.empty(rank, inputs).uniform_(-bound, bound, generator=generator)
+
+
+def initial_linear_ins(
+    rank: int, inputs: int, lora: LoraSettings, module: str, layer: int, experts: Sequence[int]
+) -> list[Tensor]:
+    """Return `initial_linear_in` of several experts of a layer, drawn at the same time."""
+    with ThreadPoolExecutor(max(len(experts), 1)) as pool:
+        return list(pool.map(lambda expert: initial_linear_in(rank, inputs, lora, module, layer, expert), experts))
 
 
 class _Weight(torch.nn.Module):

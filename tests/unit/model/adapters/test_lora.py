@@ -16,7 +16,13 @@ from torch import Tensor
 
 from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import ConfigError
-from mixtral_run.model.adapters.lora import LinearAdapter, _Weight, adapted_linear, initial_linear_in
+from mixtral_run.model.adapters.lora import (
+    LinearAdapter,
+    _Weight,
+    adapted_linear,
+    initial_linear_in,
+    initial_linear_ins,
+)
 from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.model.recompute.recipe import Recipe
@@ -27,6 +33,14 @@ from mixtral_run.weights.adapter.schema import Place
 
 def settings(rank: int, alpha: float, dropout: float = 0.0) -> LoraSettings:
     return LoraSettings(rank, alpha, dropout, ("linear_qkv",), 1)
+
+
+def test_experts_that_are_drawn_together_are_those_that_are_drawn_alone() -> None:
+    lora = settings(4, 6.0)
+    together = initial_linear_ins(4, 24, lora, "linear_fc1", 3, range(2, 6))
+    alone = [initial_linear_in(4, 24, lora, "linear_fc1", 3, expert) for expert in range(2, 6)]
+    assert torch.equal(torch.stack(together), torch.stack(alone))
+    assert len({float(each[0, 0]) for each in together}) == 4
 
 
 def test_rslora_divides_by_the_root_of_the_rank() -> None:
