@@ -4,8 +4,9 @@
 
 Neither Triton nor NVRTC needs a GPU. Each kernel is called as training Mixtral 8x7B calls it, with tensors that have no
 memory, and Triton is stopped where it would launch. The folder is a cache of Triton's: an entry is found by the source,
-the version of the compiler, the GPU and the arguments, so that another version compiles its own. The image holds such a
-folder, and kernels/cache.py brings its entries into the cache that a job writes to.
+the version of the compiler, the GPU and the arguments, so that another version compiles its own. What Triton compiles
+in C, in order to launch kernels, is in it too (compile_launchers.py). The image holds such a folder, and
+kernels/cache.py brings its entries into the cache that a job writes to.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ import torch
 from torch import Tensor
 
 from mixtral_run.model.architecture import MIXTRAL_8X7B
+from mixtral_run.model.compile_launchers import Launchers, driver_library
+from mixtral_run.model.dispatch.capacity import rows_with_room
 from mixtral_run.model.kernels.requirements import Capability, KernelSet, kernel_set_of
 from mixtral_run.model.kernels.selected import compiling_for
 
@@ -31,6 +34,8 @@ CAPABILITIES = ((8, 0), (8, 6), (9, 0))
 EXPERTS = (8, 4, 2, 1)
 """Experts of a process, with expert parallelism over 1, 2, 4 and 8."""
 TOKENS, RANK = 2048, 16
+STEP_TOKENS = (512, 1024, 2048, 4096)
+"""Tokens of a process in a micro batch, of which the kernels that sort choices know the number of blocks."""
 
 Call = Callable[[], object]
 
@@ -101,6 +106,49 @@ def common_calls(experts: int) -> Iterator[Call]:
         yield partial(narrow.narrow_added, out, inner, half, 1.0, offsets, in_place=True)
 
 
+def exchange_calls(experts: int) -> Iterator[Call]:
+    """Yield the calls of kernels that bring tokens to `experts` of a process and back, if other processes have more:
+    through symmetric memory, and by all-gather.
+    """
+    from mixtral_run.model.kernels import permute_triton, sort_triton
+    from mixtral_run.model.kernels import symmetric_memory_triton as memory
+
+    shape = MIXTRAL_8X7B
+    hidden, topk, size = shape.hidden_size, shape.moe_router_topk, shape.num_experts // experts
+    if size == 1:
+        return
+    int32, int64, fp32 = torch.int32, torch.int64, torch.float32
+    addresses, overflow = tensor(size, dtype=int64), tensor(dtype=int64)
+    for tokens in STEP_TOKENS:
+        rows = rows_with_room(tokens * topk * size, size)
+        for first in range(0, shape.num_experts, experts):
+            own = range(first, first + experts)
+            yield partial(
+                sort_triton.route, addresses, addresses, (tokens, topk), shape.num_experts, own, rows, overflow
+            )
+        yield partial(sort_triton.sort_choices, tensor(size * tokens * topk, dtype=int64), experts + 1)
+    tokens, rows = TOKENS, rows_with_room(TOKENS * topk * size, size)
+    routes = sort_triton.Routes(
+        source=tensor(rows, dtype=int32),
+        row_probs=tensor(rows, dtype=fp32),
+        offsets=tensor(experts, dtype=int32),
+        inverse=tensor(size * tokens, topk, dtype=int32),
+        starts=tensor(size, dtype=int32),
+        experts=tensor(size * tokens, topk, dtype=int32),
+    )
+    like, outputs, probs = tensor(tokens, hidden), tensor(rows, hidden), tensor(tokens, topk, dtype=fp32)
+    for weighted in (False, True):
+        yield partial(memory.fetch, addresses, routes, tokens, like, weighted=weighted)
+    yield partial(memory.put, outputs, routes, tensor(rows * hidden))
+    for factors in (None, probs):
+        yield partial(memory.sum_rows, addresses, routes, slice(0, tokens), factors, outputs)
+    yield partial(memory.pick, addresses, routes, slice(0, tokens))
+    everyone = (tensor(size * tokens, topk, dtype=fp32), tensor(size * tokens * topk, dtype=int64))
+    end = routes.offsets[-1:]
+    yield partial(permute_triton.add_rows, outputs, *everyone, end)
+    yield partial(permute_triton.spread, tensor(size * tokens, hidden), None, *everyone, rows, end)
+
+
 def weight_calls(experts: int, capability: Capability) -> Iterator[Call]:
     """Yield the calls of the products with frozen weights, in all precisions."""
     from mixtral_run.model.kernels.quantized import nf4_triton, quantized_mm_triton
@@ -159,6 +207,7 @@ class _NoGpu:
 
     def __init__(self, capability: Capability) -> None:
         self._capability = capability
+        self.utils: Any = None
 
     def get_current_device(self) -> int:
         return 0
@@ -181,18 +230,23 @@ def compile_for(case: tuple[Capability, int]) -> list[str]:
     from triton.runtime.jit import JITFunction
 
     capability, experts = case
-    launch = JITFunction.run
+    launch, launchers = JITFunction.run, Launchers()
 
     def only_compile(self: Any, *arguments: Any, grid: Any, warmup: bool, **kinds: Any) -> Any:
         del warmup
-        return launch(self, *arguments, grid=grid, warmup=True, **kinds)
+        kernel = launch(self, *arguments, grid=grid, warmup=True, **kinds)
+        launchers.compile(kernel)
+        return kernel
 
     JITFunction.run = only_compile
-    driver.set_active(_NoGpu(capability))
+    no_gpu = _NoGpu(capability)
+    driver.set_active(no_gpu)
     failed = []
     try:
+        no_gpu.utils = launchers.utils()
+        calls = (common_calls(experts), exchange_calls(experts), weight_calls(experts, capability))
         with compiling_for(capability):
-            for call in itertools.chain(common_calls(experts), weight_calls(experts, capability)):
+            for call in itertools.chain(*calls):
                 try:
                     call()
                 except Exception as error:
@@ -206,6 +260,7 @@ def compile_for(case: tuple[Capability, int]) -> list[str]:
         failed.append(str(error))
     finally:
         JITFunction.run = launch
+    failed += launchers.failed
     return [f"compute capability {capability[0]}.{capability[1]}: {each}" for each in failed]
 
 
@@ -224,7 +279,7 @@ def main() -> None:
     except ImportError:
         print("No kernels are compiled: this torch has no Triton.")
         return
-    with multiprocessing.get_context("fork").Pool(min(os.cpu_count() or 1, 8)) as pool:
+    with driver_library(), multiprocessing.get_context("fork").Pool(min(os.cpu_count() or 1, 8)) as pool:
         failed = pool.map(compile_for, itertools.product(capabilities, EXPERTS), chunksize=1)
     for line in sorted(set(itertools.chain.from_iterable(failed))):
         print(f"not compiled: {line}", file=sys.stderr)

@@ -7,12 +7,14 @@ import functools
 import json
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.verbs.weights import VerifyConfig
 from mixtral_run.launch.processes import is_worker, process_count
+from mixtral_run.model.kernels.cache import copy_from_image
 from mixtral_run.planner.memory_model import CONTEXT
 from mixtral_run.terminal.report import Report
 from mixtral_run.weights.manifest.describe import describe_base
@@ -73,12 +75,14 @@ _started_queries: list[subprocess.Popen[str]] = []
 
 
 def ask_ahead(config: LaunchConfig) -> None:
-    """Start the query that `available_gpu` will need if this host has GPUs.
+    """Start the query that `available_gpu` will need if this host has GPUs, and bring the image's kernels to the cache.
 
-    Call it before importing torch: both can run at the same time.
+    Call it before importing torch: all of it can run at the same time.
     """
     if config.device != "cpu" and not is_worker() and has_nvidia_driver():
         _started_queries.append(_start_query(config.nproc_per_node or 0))
+        # Thousands of small files in the first job. Its processes copy what is missing then.
+        threading.Thread(target=copy_from_image, name="kernels of the image").start()
 
 
 def has_nvidia_driver() -> bool:

@@ -71,6 +71,7 @@ class SymmetricMemoryExchange:
         self, group: dist.ProcessGroup, architecture: MixtralArchitecture, tokens: int, dtype: torch.dtype
     ) -> None:
         self.size, self.rank, self._group = group.size(), group.rank(), group
+        self.tokens = tokens
         self._num_experts = architecture.num_experts
         each = architecture.num_experts // self.size
         self._own = range(self.rank * each, (self.rank + 1) * each)
@@ -298,8 +299,11 @@ def _can_read_peers(group: dist.ProcessGroup, device: torch.device) -> bool:
 def _self_test(
     exchange: SymmetricMemoryExchange, architecture: MixtralArchitecture, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Raise RuntimeError if what is read differs from what was written. Compiles the kernels before any capture."""
-    tokens, topk = architecture.num_experts, architecture.moe_router_topk
+    """Raise RuntimeError if what is read differs from what was written. Compiles the kernels before any capture: those
+    of the run, which depend on the number of tokens.
+    """
+    tokens, topk = exchange.tokens, architecture.moe_router_topk
+    tokens -= tokens % architecture.num_experts
     number = torch.arange(tokens, device=device)
     experts = (number[:, None] + torch.arange(topk, device=device)) % architecture.num_experts
     values = torch.full((tokens, architecture.hidden_size), float(exchange.rank + 1), dtype=dtype, device=device)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -304,7 +305,10 @@ def test_the_query_can_start_ahead(
     available.ask_ahead(config)
     assert not available._started_queries  # no GPU here
     monkeypatch.setattr(available, "Path", lambda _: tmp_path)
+    copied = threading.Event()
+    monkeypatch.setattr(available, "copy_from_image", copied.set)
     available.ask_ahead(config)
+    assert copied.wait(30)
     monkeypatch.setattr(available, "_QUERY", ("-c", "raise SystemExit(1)"))
     assert available.available_gpu("cuda", 2) == AvailableGpu(9, 9, HOPPER)
     assert not available._started_queries
