@@ -77,7 +77,9 @@ def _expert_shards(model: MixtralModel) -> dict[str, ShardedTensor]:
     return {name: each for name, each in shards_of(model, adapters=False).items() if ".mlp.experts." in name}
 
 
-def _read_hf(model: MixtralModel, weights: HFWeights, experts: ExpertCache, meanwhile: Callable[[], None]) -> str:
+def _read_hf(
+    model: MixtralModel, weights: HFWeights, experts: ExpertCache, meanwhile: Callable[[], None] = lambda: None
+) -> str:
     """Fill the model, each rank its own part. Return the fingerprint of the weights that all ranks read."""
     reading = _HfReading(weights)
     beside = Beside(meanwhile, "beside the load")
