@@ -6,6 +6,7 @@ import importlib
 
 import torch
 import torch.distributed as dist
+from torch.nn.functional import scaled_dot_product_attention
 
 from mixtral_run.launch.heartbeat import unnoted
 from mixtral_run.model.kernels.grouped_mm import has_grouped_product, prepare_products
@@ -39,6 +40,11 @@ def warm_up(mesh: Mesh, dtype: torch.dtype) -> None:
         importlib.import_module("torch.distributed._symmetric_memory")
     driver.active.get_current_target()
     prepare_products(probe)
+    with torch.no_grad():
+        # The libraries of dense products and of attention are loaded by their first call, a second from a cold disk.
+        heads = torch.zeros(1, 2, 128, 128, dtype=dtype, device=mesh.device)
+        scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+        torch.mm(heads[0, 0], heads[0, 1])
 
 
 def open_communicators(mesh: Mesh) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -261,7 +262,12 @@ def test_experts_in_few_bits_are_read_from_the_cache_or_quantized(
     experts.find.return_value = cached
     experts.load.side_effect = lambda found: found == "good"
     beside: list[bool] = []
-    checkpoint.load_base(model, base, None, lambda: beside.append(reader.__enter__.return_value.agree.called))
+
+    def meanwhile() -> None:
+        time.sleep(0.05)
+        beside.append(reader.__enter__.return_value.agree.called)
+
+    checkpoint.load_base(model, base, None, meanwhile)
     assert model.base_fingerprint == "print" and read[0] == [1, 2]
     assert beside == [False]  # it is over before the ranks agree
     assert experts.find.called is (precision != "bf16")
