@@ -1,9 +1,10 @@
 """A bootstrap that is killed at random points and run again: each host ends ready, and a further run changes nothing.
 
-    python -m benchmarks.killed_bootstrap [--points 10] [--seed 1]
+    python -m benchmarks.killed_bootstrap [--points 10] [--seed 1] [--minutes 60]
 
 For each point a throw-away host is installed anew, its bootstrap is killed (with Ansible, not with what runs on the
-host), and run again twice. The last line is one JSON object; the exit code is 1 if a host did not end as it must.
+host), and run again twice. A bootstrap that ended before its kill is looked at as well, but is no point. The last line
+is one JSON object; the exit code is 1 if a host did not end as it must.
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.killed_bootstrap", description=__doc__)
     parser.add_argument("--points", type=int, default=10, help="number of hosts and kills [default: 10]")
     parser.add_argument("--seed", type=int, default=1, help="seed of the points [default: 1]")
+    parser.add_argument("--minutes", type=float, default=60, help="no new point after this time [default: 60]")
     words = parser.parse_args(argv)
     reason = why_no_engine()
     if reason:
@@ -89,15 +91,18 @@ def main(argv: list[str]) -> int:
         return 3
     try:
         with tempfile.TemporaryDirectory(prefix="mixtral-run-killed-") as folder:
-            points = _measure(Operator(Path(folder)), words.points, random.Random(words.seed))
+            end = time.monotonic() + 60 * words.minutes
+            points = _measure(Operator(Path(folder)), words.points, random.Random(words.seed), end)
     finally:
         hosts.remove(NAME)
         repository.stop_unless_used()
-    print(json.dumps({"good": sum(point.is_good for point in points), "points": [asdict(point) for point in points]}))
+    good = sum(point.is_good for point in points)
+    kills = sum(point.was_killed for point in points)
+    print(json.dumps({"kills": kills, "good": good, "points": [asdict(point) for point in points]}))
     return 0 if all(point.is_good for point in points) else 1
 
 
-def _measure(operator: Operator, count: int, chance: random.Random) -> list[Point]:
+def _measure(operator: Operator, count: int, chance: random.Random, end: float) -> list[Point]:
     kit_image.image_archive()
     operator.install()
     began = time.monotonic()
@@ -105,14 +110,14 @@ def _measure(operator: Operator, count: int, chance: random.Random) -> list[Poin
         raise RuntimeError("the bootstrap fails without a kill")
     whole = time.monotonic() - began
     print(f"a whole bootstrap: {whole:.0f} s", flush=True)
-    points = []
-    for number in range(count):
+    points: list[Point] = []
+    while sum(point.was_killed for point in points) < count and time.monotonic() < end:
         operator.install()
         seconds = chance.uniform(1, whole)
         was_killed = killed_after(seconds, operator.words(), operator.folder, operator.environment)
         point = Point(round(seconds, 1), was_killed, operator.run(), operator.run())
         points.append(point)
-        print(f"{number + 1:3}: {'✓' if point.is_good else '✗'} {point}", flush=True)
+        print(f"{len(points):3}: {'✓' if point.is_good else '✗'} {point}", flush=True)
     return points
 
 

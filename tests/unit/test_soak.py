@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.soak.bootstraps import outcome
 from tests.soak.damage import damaged_bytes
 from tests.soak.fleet import read_fleet
 from tests.soak.fuzz import fuzz, fuzz_one
@@ -36,3 +37,17 @@ def test_the_same_seed_gives_the_same_input(seed: int) -> None:
 
     first, second = (damaged_bytes([b"0123456789"], Random(seed)) for _ in range(2))
     assert first == second
+
+
+def test_killed_bootstraps_are_judged_by_hosts_and_exit_code() -> None:
+    points = '[{"seconds": 1.0}, {"seconds": 2.0}, {"seconds": 3.0}]'
+    row, problems = outcome(0, f'{{"kills": 2, "good": 3, "points": {points}}}', "")
+    assert row[1:] == ("2 kills", "3 of 3 hosts ended ready, and a further run changed nothing")
+    assert problems == []
+    row, problems = outcome(0, f'{{"kills": 3, "good": 2, "points": {points}}}', "log")
+    assert row[2].startswith("2 of 3 hosts") and problems == ["bootstrap: 2 of 3 hosts ended ready\nlog"]
+    assert outcome(1, f'{{"kills": 3, "good": 3, "points": {points}}}', "log")[1] != []
+    assert outcome(2, "no JSON", "log") == (
+        ("first `bootstrap` of a host killed and run again", "0 kills", "ended with exit code 2"),
+        ["bootstrap: exit code 2\nlog"],
+    )
