@@ -226,7 +226,13 @@ class Experts(MegatronModule):
         return lora is not None and self.linear_fc2.lora is not None and not (lora.dropout and self.training)
 
     def adapted_forward(
-        self, tokens: Tensor, permutation: Permutation, recipe: Recipe | None = None, probs: Tensor | None = None
+        self,
+        tokens: Tensor,
+        permutation: Permutation,
+        recipe: Recipe | None = None,
+        probs: Tensor | None = None,
+        *,
+        unread: bool = False,
     ) -> Tensor:
         """Compute `forward` with fewer saved activations, by lora_experts.adapted_experts; see there for the
         arguments.
@@ -234,7 +240,8 @@ class Experts(MegatronModule):
         first, second = self.linear_fc1, self.linear_fc2
         assert first.lora is not None
         parts = (*first.halves(), *second.halves())
-        return adapted_experts(tokens, permutation, first, second, Adapters(*parts, first.lora.scale), recipe, probs)
+        adapters = Adapters(*parts, first.lora.scale)
+        return adapted_experts(tokens, permutation, first, second, adapters, recipe, probs, unread=unread)
 
     @property
     def linears(self) -> dict[str, ExpertLinear]:

@@ -8,6 +8,9 @@ as the experts: the backward pass of SwiGLU reads gate and up and recomputes a, 
 of a and its gradient, which the router needs (router_probs.py). Rows are read through the index of their tokens. The
 gradients of the adapters are written in their parameters' dtype, without a cast.
 
+A layer that runs again for its backward pass needs h and A1·x only: nothing reads y, and A2·a follows from the a that
+SwiGLU's backward pass computes. A third of the experts' forward products and SwiGLU are left out.
+
 Each product has its slow reference where it is defined (grouped_mm.py, quantized_mm.py, swiglu.py). After an exchange
 with other processes the received rows are the tokens, and there is no index.
 """
@@ -65,6 +68,8 @@ def adapted_experts(
     adapters: Adapters,
     recipe: Recipe | None = None,
     probs: Tensor | None = None,
+    *,
+    unread: bool = False,
 ) -> Tensor:
     """Return the experts' outputs [rows, hidden], sorted by expert, for tokens [tokens, hidden].
 
@@ -74,11 +79,12 @@ def adapted_experts(
         recipe: how to recompute the tokens, which then are not saved.
         probs: fp32 [rows], the routing probability of each row; they get the gradient of factors of a result that is
             linear in the outputs.
+        unread: True if only the gradients of the outputs are wanted. Then the outputs are zeros.
     """
     make, saved = (recipe.make, recipe.sources) if recipe is not None else (None, (tokens.detach(),))
     parts = (adapters.first_in, adapters.first_out, adapters.second_in, adapters.second_out)
     output: Tensor = _AdaptedExperts.apply(  # type: ignore[no-untyped-call]
-        tokens, probs, *parts, permutation, first, second, adapters.scale, make, *saved
+        tokens, probs, *parts, permutation, first, second, adapters.scale, unread, make, *saved
     )
     return output
 
@@ -97,6 +103,7 @@ class _AdaptedExperts(torch.autograd.Function):
         first: FrozenExperts,
         second: FrozenExperts,
         scale: float,
+        unread: bool,
         make: Callable[..., Tensor] | None,
         *saved: Tensor,
     ) -> Tensor:
@@ -105,14 +112,16 @@ class _AdaptedExperts(torch.autograd.Function):
         offsets = permutation.offsets
         hidden = first.product(tokens, offsets, permutation.source)
         first_inner = product(tokens, halves[0].transpose(1, 2), offsets, permutation.source)
-        active = swiglu_of(hidden, first_inner, halves[1], scale, offsets)
-        second_inner = product(active, halves[2].transpose(1, 2), offsets, scale=scale)
+        active = swiglu_of(hidden, first_inner, halves[1], scale, offsets) if not unread else None
+        second_inner = _second_inner(active, halves[2], offsets, scale) if active is not None else None
         ctx.save_for_backward(
             hidden, first_inner, second_inner, probs, offsets, permutation.source, permutation.inverse, *halves, *saved
         )
         ctx.layers, ctx.scale, ctx.make, ctx.topk = (first, second), scale, make, permutation.topk
         ctx.partial = permutation.partial
         ctx.dtypes = [each.dtype for each in parameters]
+        if active is None or second_inner is None:
+            return tokens.new_zeros(hidden.shape[0], tokens.shape[-1])
         return second.product(active, offsets, adapter=(second_inner, halves[3]))
 
     @staticmethod
@@ -122,12 +131,14 @@ class _AdaptedExperts(torch.autograd.Function):
         (first, second), scale = ctx.layers, ctx.scale
         gradient = gradients[0].contiguous()
         for_inner = product(gradient, second_out, offsets, scale=scale)
-        for_second_out = outer_product(gradient, second_inner, offsets, dtype=ctx.dtypes[3])
         for_active = second.gradient(gradient, offsets, for_inner, second_in)
         for_hidden, active, for_probs, row_scales = recomputing_backward(
             hidden, first_inner, first_out, scale, offsets, for_active, probs, first.factors(hidden)
         )
         for_second_in = outer_product(for_inner, active, offsets, dtype=ctx.dtypes[2])
+        if second_inner is None:
+            second_inner = _second_inner(active, second_in, offsets, scale)
+        for_second_out = outer_product(gradient, second_inner, offsets, dtype=ctx.dtypes[3])
         del active, for_active
         for_inner, for_first_out = products_of_gradient(
             for_hidden, first_out, first_inner, scale, offsets, ctx.dtypes[1]
@@ -146,10 +157,11 @@ class _AdaptedExperts(torch.autograd.Function):
             for_tokens,
             for_probs if probs is not None else None,
             *adapters,
-            None,
-            None,
-            None,
-            None,
-            None,
+            *(None for _ in range(6)),
             *(None for _ in saved),
         )
+
+
+def _second_inner(active: Tensor, second_in: Tensor, offsets: Tensor, scale: float) -> Tensor:
+    """Return s·A2·a of each row, [rows, r]."""
+    return product(active, second_in.transpose(1, 2), offsets, scale=scale)

@@ -153,17 +153,19 @@ class MoELayer(MegatronModule):
         """Return the layer's output for hidden [sequence (/ TP), batch, hidden], of the same shape.
 
         recipe: how to recompute `hidden` in the backward pass. dispatcher: of this pass; None for the layer's own.
-        num_chunks, unread: see expert_chunks.py, which saves `hidden` even if there is a recipe. All ranks of the
-        expert group must call.
+        num_chunks: see expert_chunks.py, which saves `hidden` even if there is a recipe. unread: True if only the
+        gradients of the output are wanted, as of a layer that runs again; its values are then arbitrary. All ranks of
+        the expert group must call.
         """
         dispatcher = dispatcher or self._dispatcher
         tokens = hidden.reshape(-1, hidden.shape[-1])
         probs, experts = self.router(tokens)
         if num_chunks == 1:
-            return self._dispatched(dispatcher, tokens, probs, experts, recipe).view_as(hidden)
+            return self._dispatched(dispatcher, tokens, probs, experts, recipe, unread=unread).view_as(hidden)
 
         def compute(tokens: Tensor, probs: Tensor, experts: Tensor) -> Tensor:
-            return self._dispatched(dispatcher, tokens, probs, experts)
+            # A chunk has gradients enabled only when it runs again for its backward pass.
+            return self._dispatched(dispatcher, tokens, probs, experts, unread=torch.is_grad_enabled())
 
         outputs = in_chunks(
             compute, tokens, probs, experts, num_chunks, unread=unread, draws_numbers=self._draws_numbers
@@ -177,18 +179,24 @@ class MoELayer(MegatronModule):
         probs: Tensor,
         experts: Tensor,
         recipe: Recipe | None = None,
+        *,
+        unread: bool = False,
     ) -> Tensor:
         """Return the outputs [tokens, hidden] of the chosen experts. All ranks of the expert group must call."""
         if isinstance(dispatcher, LocalDispatcher) and self.experts.takes_one(tokens):
             return self.experts.outputs_of_one(tokens, experts, probs)
         inputs, trip = dispatcher.dispatch(tokens, probs, experts, recipe=recipe, indexed=self.experts.adapted)
-        outputs = self._compute(inputs)
+        outputs = self._compute(inputs, unread=unread)
         del inputs  # its memory is needed by the exchange
         return dispatcher.combine(outputs, trip)
 
-    def _compute(self, inputs: ExpertInputs) -> Tensor:
+    def _compute(self, inputs: ExpertInputs, *, unread: bool) -> Tensor:
         if self.experts.adapted:
-            return self.experts.adapted_forward(inputs.tokens, inputs.permutation, inputs.recipe, inputs.probs)
+            # Where the experts do not give the probabilities their gradient, `combine` needs the outputs for it.
+            unread = unread and inputs.probs is not None
+            return self.experts.adapted_forward(
+                inputs.tokens, inputs.permutation, inputs.recipe, inputs.probs, unread=unread
+            )
         outputs: Tensor = self.experts(inputs.tokens, inputs.permutation.offsets, inputs.recipe, inputs.probs)
         return outputs
 

@@ -194,6 +194,18 @@ def test_rows_of_no_expert_leave_no_trace(routing: tuple[int, ...], strange: int
         assert float((mine.double().cpu() - expected).norm()) <= 1.5e-2 * float(expected.norm())
 
 
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("strange", [0, 40])
+@pytest.mark.parametrize("routing", [*ROUTINGS[:-1], (700, 310, 0, 414)])
+def test_gradients_need_no_outputs(routing: tuple[int, ...], strange: int) -> None:
+    """A layer that runs again computes none, and has the same gradients bit for bit."""
+    case = AdaptedCase.random(routing, hidden=256, ffn=512, rank=16, by_token=not strange, seed=torch.seed() % 2**31)
+    case = case.cast_to_bf16()
+    expected, found = (case.fast("cuda", torch.bfloat16, strange, unread=unread) for unread in (False, True))
+    assert float(expected[0].abs().max()) > 0 == float(found[0].abs().max())
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found[1:], expected[1:], strict=True))
+
+
 # 66 pairs of programs: few tiles with long sums are split into pieces, many are assigned in rounds.
 @pytest.mark.skipif(torch.cuda.get_device_capability() != (9, 0), reason="made for Hopper")
 @pytest.mark.parametrize("width", [256, 2816, 8192])

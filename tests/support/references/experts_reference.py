@@ -168,10 +168,10 @@ class AdaptedCase:
         output = output + self.SCALE * torch.einsum("tr,tnr->tn", inner, second_out)
         return self._results(probs[:, None] * output, tokens, probs, halves)
 
-    def fast(self, device: str, dtype: torch.dtype, strange: int = 0) -> list[Tensor]:
+    def fast(self, device: str, dtype: torch.dtype, strange: int = 0, *, unread: bool = False) -> list[Tensor]:
         """Compute `exact` by lora_experts.py, with probs and adapter matrices in fp32 if dtype is narrower.
 
-        strange: number of rows after the last offset. They and their gradients are NaN.
+        strange: number of rows after the last offset. They and their gradients are NaN. unread: see adapted_experts.
         """
         tokens, probs, *halves = self._leaves(device, dtype)
         offsets = self.offsets.to(device)
@@ -185,7 +185,7 @@ class AdaptedCase:
             inverse[self.order] = torch.arange(len(inverse))
             rows = Permutation(offsets, self.source.to(device), inverse.to(device), self.topk)
         layers = [FrozenWeight(each.to(device, dtype)) for each in (self.first, self.second)]
-        output = adapted_experts(given, rows, *layers, Adapters(*halves, self.SCALE), None, counted)
+        output = adapted_experts(given, rows, *layers, Adapters(*halves, self.SCALE), None, counted, unread=unread)
         if strange:
             count = probs.shape[0]
             places = torch.arange(count, count + strange, device=device)

@@ -132,9 +132,9 @@ def test_each_chunk_is_computed_twice(mesh: Mesh, monkeypatch: pytest.MonkeyPatc
     seen: list[int] = []
     compute = Experts.adapted_forward
 
-    def noted(self: Experts, tokens: torch.Tensor, *rest: object) -> torch.Tensor:
+    def noted(self: Experts, tokens: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
         seen.append(tokens.shape[0])
-        return compute(self, tokens, *rest)  # type: ignore[arg-type]
+        return compute(self, tokens, *rest, **named)
 
     monkeypatch.setattr(Experts, "adapted_forward", noted)
     model = model_of(mesh, 5)

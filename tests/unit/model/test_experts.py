@@ -63,3 +63,12 @@ def test_both_layers_as_one_step(routing: tuple[int, ...], by_token: bool) -> No
     assert len(found) == len(expected) == 7
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+def test_gradients_need_no_outputs(by_token: bool) -> None:
+    """A layer that runs again computes none, and has the same gradients bit for bit."""
+    case = AdaptedCase.random((5, 0, 8, 3), hidden=24, ffn=16, rank=4, by_token=by_token, seed=6)
+    expected, found = (case.fast("cpu", torch.float64, 0 if by_token else 3, unread=unread) for unread in (False, True))
+    assert float(expected[0].abs().max()) > 0 == float(found[0].abs().max())
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found[1:], expected[1:], strict=True))
