@@ -189,9 +189,8 @@ def prepare(model: Any, kept: list[Any], config: Any) -> None:
     from mixtral_run.train.steps.step import trainable
 
     chunks = config.expert_chunks or 1
-    model.settings = dataclasses.replace(model.settings, recompute=config.recomputation, expert_chunks=chunks)
-    for layer in model.gpt.decoder.layers:
-        layer.recompute = config.recomputation
+    model.recompute(config.recomputation, config.recompute_layers)
+    model.settings = dataclasses.replace(model.settings, expert_chunks=chunks)
     with torch.no_grad():
         for parameter, start in zip(trainable(model), kept, strict=True):
             parameter.copy_(start)
@@ -206,7 +205,8 @@ def planned_bytes(config: Any, base: Any) -> float:
 
     gpu = available_gpu(config.device, 1)
     workload = workload_of(config, base, 1, gpu.compute_capability if gpu is not None else HOPPER)
-    return memory(workload, Layout(1, 1, config.recomputation, 1, config.expert_chunks or 1)).allocated
+    layout = Layout(1, 1, config.recomputation, 1, config.expert_chunks or 1, config.recompute_layers)
+    return memory(workload, layout).allocated
 
 
 def built_model(config: Any, arguments: argparse.Namespace, mesh: Any) -> Any:

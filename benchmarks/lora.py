@@ -1,8 +1,8 @@
 """Speed and memory of LoRA on Mixtral's full width: this kit beside HF transformers + PEFT, on the same GPU.
 
     python benchmarks/lora.py [--layers 32] [--sizes 512x1,2048x1] [--sides ours,peer] [--gpus 1]
-        [--recompute none|selective|full|offload] [--base-precision bf16|fp8|nf4] [--kernels auto|portable|hopper]
-        [--eager] [--collectives] [--attention-only]
+        [--recompute none|selective|except-attention|full|offload] [--base-precision bf16|fp8|nf4]
+        [--kernels auto|portable|hopper] [--eager] [--collectives] [--attention-only]
 
 Every measurement is a process of its own. Weights are random, tokens are random, each step is one micro batch forward
 and backward and one AdamW step over adapters on attention and experts (r = 16). The peer is what its users run: all
@@ -252,9 +252,8 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--profile", type=Path, help="write the kernels of one of our steps there")
-    parser.add_argument(
-        "--recompute", default="none", choices=("none", "selective", "full", "offload"), help="of our side"
-    )
+    degrees = ("none", "selective", "except-attention", "full", "offload")
+    parser.add_argument("--recompute", default="none", choices=degrees, help="of our side")
     parser.add_argument("--base-precision", default="bf16", choices=("bf16", "fp8", "nf4"), help="of our side")
     parser.add_argument("--kernels", default="auto", choices=("auto", "portable", "hopper"), help="of our side")
     parser.add_argument("--eager", action="store_true", help="our side without a CUDA graph; over EP row by row")

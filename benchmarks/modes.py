@@ -3,12 +3,12 @@
     python -m benchmarks.modes [--layers 32] [--base-precision bf16|fp8|nf4] [--attention-precision bf16|fp8]
         [--cases 2048x1:none,8192x1:selective,…]
 
-A case is SEQxMICRO:RECOMPUTE, with :pack behind it for packed rows of samples between 64 and 512 tokens, or :chunks4
-for experts that compute the tokens in 4 chunks. Building at full size takes longer than a case, so that this is the way
-to look at many in little device time; benchmarks/lora.py measures each in a process of its own. Each case tells the
-losses of its first and last step: the adapters are set back and the tokens are the same, so that ways of computing the
-same can be compared. One JSON object a case; a case that does not fit says so and the next one runs. Beside each peak
-stands what the plan counted.
+A case is SEQxMICRO:RECOMPUTE, with :pack behind it for packed rows of samples between 64 and 512 tokens, :chunks4 for
+experts that compute the tokens in 4 chunks, or :layers18 for 18 layers that run again, and selective ones behind them.
+Building at full size takes longer than a case, so that this is the way to look at many in little device time;
+benchmarks/lora.py measures each in a process of its own. Each case tells the losses of its first and last step: the
+adapters are set back and the tokens are the same, so that ways of computing the same can be compared. One JSON object
+a case; a case that does not fit says so and the next one runs. Beside each peak stands what the plan counted.
 """
 
 from __future__ import annotations
@@ -63,13 +63,14 @@ def run_case(model: Any, kept: list[Any], case: str, arguments: argparse.Namespa
     from mixtral_run.train.steps.step import train_step, trainable
 
     size, recompute, *rest = case.split(":")
-    if wrong := [each for each in rest if each != "pack" and not re.fullmatch("chunks[1-9][0-9]*", each)]:
-        raise SystemExit(f"--cases: expected pack or chunksN behind {size}:{recompute}; found {':'.join(wrong)}")
+    if wrong := [each for each in rest if each != "pack" and not re.fullmatch("(chunks|layers)[1-9][0-9]*", each)]:
+        expected = f"expected pack, chunksN or layersN behind {size}:{recompute}"
+        raise SystemExit(f"--cases: {expected}; found {':'.join(wrong)}")
     seq, micro = (int(number) for number in size.split("x"))
     chunks = next((int(each.removeprefix("chunks")) for each in rest if each.startswith("chunks")), 1)
-    model.settings = dataclasses.replace(model.settings, recompute=recompute, expert_chunks=chunks)
-    for layer in model.gpt.decoder.layers:
-        layer.recompute = recompute
+    again = next((int(each.removeprefix("layers")) for each in rest if each.startswith("layers")), None)
+    model.recompute(recompute, again)
+    model.settings = dataclasses.replace(model.settings, expert_chunks=chunks)
     parameters = trainable(model)
     with torch.no_grad():
         for parameter, start in zip(parameters, kept, strict=True):
@@ -100,7 +101,7 @@ def run_case(model: Any, kept: list[Any], case: str, arguments: argparse.Namespa
         expert_bytes=EXPERT_BYTES.get(arguments.base_precision, 2),
         attention_precision=arguments.attention_precision,
     )
-    layout = Layout(1, 1, recompute, 1, chunks)
+    layout = Layout(1, 1, recompute, 1, chunks, again)
     return {
         "tok_s": round(seq * (1 if "pack" in rest else whole) / seconds),
         "peak_gib": round(torch.cuda.max_memory_reserved() / GIB, 1),

@@ -67,8 +67,8 @@ class ContextConfig(SplitRowsConfig):
     expert_chunks: int | None = setting(
         None,
         help="Chunks of the tokens of a micro batch that the experts compute one after the other, so that the "
-        "activations of one chunk exist at a time. Needs --recompute full or offload. Default: 1, or what the planner "
-        "chooses where long rows do not fit without.",
+        "activations of one chunk exist at a time. Needs --recompute full, except-attention or offload. Default: 1, "
+        "or what the planner chooses where long rows do not fit without.",
         minimum=1,
         section=MEMORY,
     )

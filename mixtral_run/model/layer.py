@@ -22,6 +22,7 @@ from mixtral_run.model.parallel.megatron import (
     apply_prefix_mapping,
 )
 from mixtral_run.model.recompute.checkpoint import checkpoint, with_gradient
+from mixtral_run.model.recompute.kept_attention import KeptAttention
 from mixtral_run.model.recompute.offload import Offload
 from mixtral_run.model.routing.moe import MoELayer
 
@@ -43,8 +44,10 @@ class MixtralLayer(MegatronModule, BaseTransformerLayer):
     """A layer with the interface that Megatron's TransformerBlock calls; `attention_mask` carries LayerInputs.
 
     recompute: `none` saves all activations; `selective` recomputes norms, activations and permutations in the backward
-    pass (recompute/recipe.py); `full` saves only the layer's input and runs the layer again; `offload` also moves that
-    input to host memory.
+    pass (recompute/recipe.py); `full` saves only the layer's input and runs the layer again; `except-attention` also
+    keeps attention's result (recompute/kept_attention.py); `offload` is full, and moves the input to host memory.
+    recompute_layers: the first layers that do so, if `recompute` runs layers again; those after them are `selective`.
+    None: all.
     """
 
     def __init__(
@@ -56,12 +59,13 @@ class MixtralLayer(MegatronModule, BaseTransformerLayer):
         base_precision: str = "bf16",
         offload: Offload | None = None,
         *,
+        recompute_layers: int | None = None,
         dispatcher: TokenDispatcher[Any],
         **_: Any,
     ) -> None:
         super().__init__(config)
         self.layer_number = layer_number
-        self.recompute = recompute
+        self.recompute = recompute_of(layer_number, recompute, recompute_layers)
         self.offload = offload
         self._draws_numbers = lora is not None and lora.dropout > 0
         self.input_layernorm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
@@ -83,8 +87,9 @@ class MixtralLayer(MegatronModule, BaseTransformerLayer):
         entry = hidden if hidden.requires_grad else with_gradient(hidden)
         # The forward pass saves only the layer's input, to which the context applies.
         with self._offloaded() if self.recompute == "offload" else nullcontext():
+            kept = KeptAttention() if self.recompute == "except-attention" else None
             result: Tensor = checkpoint(
-                self._compute, entry, inputs, use_reentrant=True, preserve_rng_state=self._draws_numbers
+                self._compute, entry, inputs, kept, use_reentrant=True, preserve_rng_state=self._draws_numbers
             )
         return result
 
@@ -103,11 +108,11 @@ class MixtralLayer(MegatronModule, BaseTransformerLayer):
         apply_prefix_mapping(result, {f"{prefix}input_layernorm.": f"{prefix}self_attention.linear_qkv.layer_norm_"})
         return result
 
-    def _compute(self, hidden: Tensor, inputs: LayerInputs) -> Tensor:
+    def _compute(self, hidden: Tensor, inputs: LayerInputs, kept: KeptAttention | None = None) -> Tensor:
         selective = self.recompute == "selective" and self.training
         hidden, normed = self.input_layernorm.joined(hidden)
         recipe = self.input_layernorm.recipe(hidden) if selective else None
-        attended = self.self_attention(normed, inputs.attention, recipe)
+        attended = self.self_attention(normed, inputs.attention, recipe, kept)
         hidden, normed = self.pre_mlp_layernorm.joined(hidden, attended)
         recipe = self.pre_mlp_layernorm.recipe(hidden) if selective else None
         # A layer that runs again has gradients enabled the second time only, when nothing reads its output.
@@ -116,3 +121,9 @@ class MixtralLayer(MegatronModule, BaseTransformerLayer):
             normed, recipe, inputs.dispatcher, num_chunks=inputs.expert_chunks, unread=unread
         )
         return output
+
+
+def recompute_of(layer_number: int, recompute: str, recompute_layers: int | None) -> str:
+    """Return the recomputation of a layer, whose number begins at 1, for the settings of a run."""
+    again = recompute not in RUNS_AGAIN or recompute_layers is None or layer_number <= recompute_layers
+    return recompute if again else "selective"

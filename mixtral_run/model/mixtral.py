@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from mixtral_run.model.kernels.grouped_mm import has_grouped_product
 from mixtral_run.model.kernels.loss.cross_entropy import cross_entropy, has_cross_entropy
 from mixtral_run.model.kernels.requirements import EIGHT_BIT_ALIGNMENT, attention_problems, kernel_problems
 from mixtral_run.model.kernels.selected import capability_of, select
-from mixtral_run.model.layer import LayerInputs, MixtralLayer
+from mixtral_run.model.layer import LayerInputs, MixtralLayer, recompute_of
 from mixtral_run.model.norm import RMSNorm
 from mixtral_run.model.parallel.context import ContextPart
 from mixtral_run.model.parallel.frozen_linear import OutputLayer
@@ -57,6 +58,7 @@ class ModelSettings:
     kernels: str = "auto"  # the value of --kernels; it counts for the whole process
     expert_chunks: int = 1  # of the tokens of a pass (routing/expert_chunks.py); decoding is never cut
     attention_precision: str = "bf16"  # fp8: frozen projections of attention and output layer in 8 bit; bf16: in dtype
+    recompute_layers: int | None = None  # the first layers, which `recompute` runs again; None: all
 
     @property
     def base_storage(self) -> str:
@@ -104,6 +106,7 @@ class MixtralModel(torch.nn.Module):
         params = {
             "lora": settings.lora,
             "recompute": settings.recompute,
+            "recompute_layers": settings.recompute_layers,
             "base_precision": settings.base_precision,
             "offload": Offload(mesh.device),
             "dispatcher": unlimited_dispatcher(mesh.expert_group, architecture.num_experts),
@@ -261,6 +264,12 @@ class MixtralModel(torch.nn.Module):
         widths = (self.architecture.hidden_size, self.architecture.ffn_hidden_size)
         rank = lora.of("linear_fc1").computed_rank if lora is not None else 8
         return mesh.device.type == "cuda" and has_grouped_product(probe, *widths, rank)
+
+    def recompute(self, recompute: str, layers: int | None = None) -> None:
+        """Set what backward passes recompute from now on; see MixtralLayer for both arguments."""
+        self.settings = dataclasses.replace(self.settings, recompute=recompute, recompute_layers=layers)
+        for layer in self.gpt.decoder.layers:
+            layer.recompute = recompute_of(layer.layer_number, recompute, layers)
 
     def count_choices(self) -> RouterCounts:
         """Count from now on which experts the routers choose (router_counts.py), and return the counts."""

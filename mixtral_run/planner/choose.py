@@ -99,6 +99,7 @@ def _settled_lora(
     chosen, pinned = fitting[0].layout, fitting[0].host_bytes
     say(
         f"Plan: {chosen}, recompute {chosen.recompute}"
+        + (f" in {chosen.recompute_layers} layers" if chosen.recompute_layers is not None else "")
         + (f", experts in {chosen.expert_chunks} chunks" if chosen.expert_chunks > 1 else "")
         + f": {fitting[0].memory.total / GIB:.1f} of "
         f"{gpu.total / GIB:.1f} GiB a GPU" + (f", {pinned / GIB:.1f} GiB of host RAM" if pinned else "")
@@ -119,7 +120,8 @@ def _without_former_setting(config: JobConfigT) -> JobConfigT:
 def _with_layout(config: JobConfigT, layout: Layout) -> JobConfigT:
     settings = dataclasses.asdict(layout)
     if not isinstance(config, FinetuneConfig):
-        del settings["recompute"], settings["context_parallel_size"], settings["expert_chunks"]
+        for name in ("recompute", "context_parallel_size", "expert_chunks", "recompute_layers"):
+            del settings[name]
     elif config.expert_chunks is not None:
         settings["expert_chunks"] = config.expert_chunks
     return dataclasses.replace(config, **settings)
@@ -152,6 +154,7 @@ def memory_error(config: FinetuneConfig, base: BaseDescription, world_size: int)
         context_parallel_size=None,
         recompute=None,
         recompute_activations=False,
+        recompute_layers=None,
         expert_chunks=None,
     )
     found = f"{layout}, --recompute {layout.recompute}"
@@ -193,7 +196,7 @@ def job_workload(config: LaunchConfig, base: BaseDescription, world_size: int, c
     batch: dict[str, Any] = {}
     if isinstance(config, TrainingConfig):
         batch = {"seq_length": config.seq_length, "micro_batch_size": config.micro_batch_size}
-        batch["context_parallel_size"] = config.context_size
+        batch |= {"context_parallel_size": config.context_size, "recompute_layers": config.recompute_layers}
     return Workload(
         architecture=base.architecture,
         gpus=world_size,
@@ -234,6 +237,7 @@ def workload_of(
         has_validation=config.has_validation or config.preferences is not None,
         context_parallel_size=config.planned_context_size,
         expert_chunks=config.expert_chunks,
+        recompute_layers=config.recompute_layers,
     )
 
 
@@ -252,12 +256,14 @@ def _leaves_memory_open(config: LaunchConfig) -> bool:
 
 
 def _layout_of(config: FinetuneConfig) -> Layout:
-    return Layout(*config.layout_sizes, config.recomputation, config.context_size, config.expert_chunks or 1)
+    chunks = config.expert_chunks or 1
+    return Layout(*config.layout_sizes, config.recomputation, config.context_size, chunks, config.recompute_layers)
 
 
 def _candidates(config: FinetuneConfig, base: BaseDescription, world_size: int, gpu: AvailableGpu) -> list[Choice]:
     """Return the layouts that this run may use, in the planner's order."""
-    recompute = (config.recomputation,) if _has_recompute(config) else RECOMPUTE
+    given = _has_recompute(config)
+    recompute = (config.recomputation,) if given else RECOMPUTE
     # All ranks must decide alike, and their free memory may differ.
     if processes.is_worker():
         available, host = gpu.total, math.inf
@@ -268,6 +274,7 @@ def _candidates(config: FinetuneConfig, base: BaseDescription, world_size: int, 
         each
         for each in choices
         if each.layout.recompute in recompute
+        and (not given or each.layout.recompute_layers == config.recompute_layers)
         and config.tensor_model_parallel_size in (None, each.layout.tensor_model_parallel_size)
         and config.expert_model_parallel_size in (None, each.layout.expert_model_parallel_size)
         and allows(config, each.layout, world_size)

@@ -20,7 +20,7 @@ from mixtral_run.planner.memory_model import (
     memory,
     weight_bytes,
 )
-from mixtral_run.planner.ranking import layouts
+from mixtral_run.planner.ranking import layouts, recomputed_rate
 from mixtral_run.planner.workload import Layout, Memory, Workload
 
 STATE_BYTES = 12
@@ -61,7 +61,8 @@ def full_memory(workload: Workload, layout: Layout, *, offload: bool, accumulate
     lora = memory(workload, layout)
     experts, dense = local_weights(workload, layout)
     each = 4 if accumulates else workload.weight_bytes
-    again = layout.recompute in RUNS_AGAIN
+    # With layers behind those that run again, nearly all of the activations are theirs.
+    again = layout.recompute in RUNS_AGAIN and layout.recompute_layers is None
     activations = lora.activations * (1 if again else FULL_ACTIVATIONS)
     state = 0.0 if offload else STATE_BYTES * _sharded(workload, layout)
     groups = workload.gpus // layout.expert_model_parallel_size > 1
@@ -143,16 +144,16 @@ def full_choices(
             not each.fits,
             each.fits and each.offload,
             each.fits and each.layout.recompute == "offload",
-            -_relative_speed(each.layout) if each.fits else 0.0,
+            -_relative_speed(plain, each.layout) if each.fits else 0.0,
             each.memory.total,
         ),
     )
 
 
-def _relative_speed(layout: Layout) -> float:
+def _relative_speed(workload: Workload, layout: Layout) -> float:
     """Return what ranking.relative_speed does, with the all-to-all dispatch."""
     spread = {1: 1.0, 2: 0.88}.get(layout.expert_model_parallel_size, 0.78)
-    recomputed = {"none": 1.0, "selective": 0.95, "full": 0.7, "offload": 0.68}[layout.recompute]
+    recomputed = recomputed_rate(workload, layout)
     return float(spread * recomputed * 0.8 ** (layout.tensor_model_parallel_size.bit_length() - 1))
 
 

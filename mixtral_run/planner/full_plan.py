@@ -44,7 +44,9 @@ def full_memory_error(config: PretrainConfig, workload: Workload, gpu: Available
     """Return the error of a run that cannot fit, which names what can; None if it fits."""
     offload = config.offload_optimizer
     if config.has_layout:
-        layout = Layout(*config.layout_sizes, config.recomputation, config.context_size)
+        layout = Layout(
+            *config.layout_sizes, config.recomputation, config.context_size, recompute_layers=config.recompute_layers
+        )
         accumulates = _accumulates(config, workload, layout)
         needed = full_memory(workload, layout, offload=offload, accumulates=accumulates).total
         pinned, free = full_host_bytes(workload, layout, offload=offload), host_memory()
@@ -62,14 +64,16 @@ def full_memory_error(config: PretrainConfig, workload: Workload, gpu: Available
         expert_model_parallel_size=None,
         recompute=None,
         recompute_activations=False,
+        recompute_layers=None,
     )
+    without = dataclasses.replace(workload, recompute_layers=None)
     others = [
         each
         for context in _contexts(config, workload)
         for offloads in (offload, True)
         for each in _candidates(
             dataclasses.replace(anything, offload_optimizer=offloads, context_parallel_size=context),
-            dataclasses.replace(workload, context_parallel_size=context),
+            dataclasses.replace(without, context_parallel_size=context),
             gpu,
         )
         if each.fits

@@ -87,35 +87,62 @@ def memory(workload: Workload, layout: Layout) -> Memory:
     """Return the bytes of one GPU at the peak of a step: at the loss, or in the last layer's backward pass."""
     adapters = adapter_parameters(workload, layout)
     also = trained_also_parameters(workload, layout)
-    layers = workload.architecture.num_layers
-    if layout.recompute == "offload":
-        # The input of the layer that is recomputed, and that of the next layer, which is being copied.
-        layers = min(layers, 2)
+    activations, buffers = _peak_of_layers(workload, layout)
     return Memory(
         weights=weight_bytes(workload, layout),
         # The base has fp32 in place of its own dtype, and a copy of that where it is used.
         adapters=adapters * _bytes_per_adapter_parameter(workload, layout) + _repeated(workload, layout) + also * 4,
         gradients=(adapters + also) * 4,
         optimizer=(adapters + also) * 8,
-        activations=layers * workload.tokens(layout) * activation_bytes_per_token(workload, layout),
-        buffers=_buffers(workload, layout) + _evaluation_buffers(workload, layout),
+        activations=activations,
+        buffers=buffers + _evaluation_buffers(workload, layout),
         context=CONTEXT + _communication(workload, layout),
     )
 
 
-def _bytes_per_adapter_parameter(workload: Workload, layout: Layout) -> int:
+def _peak_of_layers(workload: Workload, layout: Layout) -> tuple[float, float]:
+    """Return the bytes of the layers' activations and of temporary tensors at the peak of a step.
+
+    Layers behind those that run again store their activations until their backward pass, which comes first. The peak is
+    there, or later when a layer runs again.
+    """
+    tokens, count = workload.tokens(layout), layout.layers_again(workload.architecture.num_layers)
+    stored = workload.architecture.num_layers - count
+    if layout.recompute == "offload":
+        # The input of the layer that is recomputed, and that of the next layer, which is being copied.
+        count = min(count, 2)
+    activations = count * tokens * activation_bytes_per_token(workload, layout)
+    again = activations, _buffers(workload, layout)
+    if stored == 0:
+        return again
+    captured = dataclasses.replace(workload, cuda_graphs=execution(workload, layout).captured)
+    behind = dataclasses.replace(layout, recompute="selective", recompute_layers=None)
+    activations += stored * tokens * activation_bytes_per_token(workload, behind)
+    return max(again, (activations, _buffers(captured, behind)), key=sum)
+
+
+def _stored_part(workload: Workload, layout: Layout) -> float:
+    """Return the part of the layers that do not run again."""
+    if layout.recompute not in RUNS_AGAIN:
+        return 1.0
+    count = workload.architecture.num_layers
+    return 1 - layout.layers_again(count) / count
+
+
+def _bytes_per_adapter_parameter(workload: Workload, layout: Layout) -> float:
     """Return the bytes of a trained parameter, and of its frozen start if it has one."""
     # fp32, and the bf16 copies that the backward pass needs unless the layer is recomputed.
-    each = 4 if layout.recompute in RUNS_AGAIN else 6
+    each = 4 + 2 * _stored_part(workload, layout)
     return 2 * each if has_frozen_start(workload) else each
 
 
 def _repeated(workload: Workload, layout: Layout) -> float:
     """Return the bytes of the copies of an adapter that experts share: the products want one for each local expert."""
-    if not shares_expert_adapters(workload) or layout.recompute in RUNS_AGAIN:
+    if not shares_expert_adapters(workload):
         return 0.0
     each = dataclasses.replace(workload, expert_adapters="each")
-    return 2 * (adapter_parameters(each, layout) - adapter_parameters(workload, layout))
+    more = adapter_parameters(each, layout) - adapter_parameters(workload, layout)
+    return 2 * _stored_part(workload, layout) * more
 
 
 def host_bytes(workload: Workload, layout: Layout) -> float:
@@ -125,7 +152,7 @@ def host_bytes(workload: Workload, layout: Layout) -> float:
     shape = workload.architecture
     # torch pins blocks of powers of two.
     block = 1 << (math.ceil(workload.tokens(layout) * activation_bytes_per_token(workload, layout)) - 1).bit_length()
-    return float(min(workload.gpus, workload.gpus_per_host) * shape.num_layers * block)
+    return float(min(workload.gpus, workload.gpus_per_host) * layout.layers_again(shape.num_layers) * block)
 
 
 def saved_copy_bytes(workload: Workload, layout: Layout) -> float:
@@ -207,16 +234,23 @@ def activation_bytes_per_token(workload: Workload, layout: Layout) -> float:
 
     none: the inputs of both norms; the inputs of the adapters of qkv and fc1; query, key, value, context; fc1's output;
     if the experts are not fused, also the activation and fc2's output. selective: without what norm, activation and
-    permutation recompute. full and offload: the layer's input.
+    permutation recompute. full and offload: the layer's input; except-attention: also attention's result and
+    log-sum-exp. Layers behind those that run again (recompute_layers) do not count.
     """
     tp = layout.tensor_model_parallel_size
     residual = _row_bytes(workload, workload.architecture.hidden_size) / tp
     if layout.recompute in RUNS_AGAIN:
-        return residual
+        return residual + (_attention_result(workload) / tp if layout.recompute == "except-attention" else 0.0)
     # A trained router keeps its input in fp32, for the gradient of its weight.
     copied = "router" in workload.train_also and workload.weight_bytes < 4
     routed = 4 * workload.architecture.hidden_size / tp if copied else 0.0
     return 2 * residual + _attention_per_token(workload, layout) + _experts_per_token(workload, layout) + routed
+
+
+def _attention_result(workload: Workload) -> float:
+    """Return the bytes of a token's attention over all heads: its result, and its log-sum-exp in fp32."""
+    shape = workload.architecture
+    return _row_bytes(workload, shape.projection_size) + 4 * shape.num_attention_heads
 
 
 def _row_bytes(workload: Workload, columns: float) -> float:
@@ -228,7 +262,7 @@ def _attention_per_token(workload: Workload, layout: Layout) -> float:
     adapted, dropped = workload.lora_target_modules, workload.lora_dropout > 0
     normed = _row_bytes(workload, shape.hidden_size) if "linear_qkv" in adapted and layout.recompute == "none" else 0.0
     context = _row_bytes(workload, shape.projection_size)
-    saved = normed + _row_bytes(workload, shape.qkv_size) + context + 4 * shape.num_attention_heads
+    saved = normed + _row_bytes(workload, shape.qkv_size) + _attention_result(workload)
     if layout.context_parallel_size > 1:
         # Keys and values of the other ranks (model/attention/context_attention.py).
         saved += (layout.context_parallel_size - 1) * keys_and_values(workload)
@@ -329,13 +363,16 @@ def _attention_buffers(workload: Workload, layout: Layout) -> float:
 
 
 def _activations_of_layer(workload: Workload, layout: Layout) -> float:
-    """Return the bytes of what a layer that runs again keeps for its backward pass."""
+    """Return the bytes of what a layer that runs again keeps for its backward pass, besides what it had kept."""
     stored = dataclasses.replace(layout, recompute="none")
     tokens = workload.tokens(layout)
+    whole = activation_bytes_per_token(workload, stored)
+    if layout.recompute == "except-attention":
+        whole -= _attention_result(workload) / layout.tensor_model_parallel_size
     if layout.expert_chunks == 1:
-        return tokens * activation_bytes_per_token(workload, stored)
+        return tokens * whole
     of_experts = _experts_per_token(workload, stored)
-    others = activation_bytes_per_token(workload, stored) - of_experts
+    others = whole - of_experts
     # All inputs of the experts, the layer's output, and its gradient.
     others += 3 * _row_bytes(workload, workload.architecture.hidden_size) / layout.tensor_model_parallel_size
     return tokens * others + workload.expert_tokens(layout) * of_experts

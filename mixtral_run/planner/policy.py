@@ -92,7 +92,7 @@ def execution_of(training: TrainingPass) -> Execution:
         not training.syncs_with_host
         and dispatch is not Dispatch.ALL_TO_ALL
         and training.expert_chunks == 1
-        and (not recomputes or (training.recompute == "full" and training.lora_dropout == 0))
+        and (not recomputes or (training.recompute != "offload" and training.lora_dropout == 0))
     )
     return Execution(dispatch, captured)
 

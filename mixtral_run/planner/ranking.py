@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
 import math
@@ -18,6 +19,15 @@ RATE_BY_TOKENS = ((512, 0.70), (2048, 1.0), (8192, 1.14))
 """Tokens that all experts share, and the rate relative to 2,048 tokens: more tokens fill the experts' products better.
 Sequences of up to 2,048 tokens, one H200, bf16."""
 MIN_REPORTED_GAIN = 1.05
+RECOMPUTED = {"none": 1.0, "selective": 0.95, "full": 0.73, "offload": 0.71}
+"""Rate with a recomputation, relative to none, at 2,048 tokens."""
+AGAIN = 0.36
+"""Time of a layer that runs again except attention, over that of its other products, forward and backward."""
+ATTENTION_TOKENS = 40_000
+"""Length of rows at which attention takes as long as all else, forward and backward. A quarter of that is forward."""
+FILLED = 0.94
+"""Part of a GPU's memory up to which the planner stores activations of layers instead of running them again. It is less
+than USABLE: the plan is up to 3 % off, and layers are added until this is full, while other layouts leave something."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,8 @@ def layouts(workload: Workload, context: int = 1) -> Iterator[Layout]:
             for recompute in RECOMPUTE:
                 layout = Layout(tp, ep, recompute, context)
                 for chunks in _chunks(workload, layout):
-                    yield dataclasses.replace(layout, expert_chunks=chunks)
+                    layers = workload.recompute_layers if recompute in RUNS_AGAIN and chunks == 1 else None
+                    yield dataclasses.replace(layout, expert_chunks=chunks, recompute_layers=layers)
 
 
 def eight_bit_problems(workload: Workload, otherwise: Collection[int]) -> list[str]:
@@ -100,10 +111,11 @@ def relative_speed(workload: Workload, layout: Layout) -> float:
     """Return a GPU's rate relative to one that holds everything and recomputes nothing, at 2,048 tokens.
 
     Measured: 97 to 98 % (EP2) and 90 % (EP4, an earlier version) with a dispatch of fixed shapes and a captured pass,
-    86 to 91 % and 70 to 78 % with all-to-all; TP2 costs a fifth. Counted: recomputing the forward pass adds half as
-    many products, selective recomputation adds some passes over memory. Assumed, not measured: each further doubling of
-    TP costs another fifth; copies to the host and back, which overlap with the products, cost 3 %; each doubling of CP
-    costs 3 %; experts in chunks cost 2 %.
+    86 to 91 % and 70 to 78 % with all-to-all; TP2 costs a fifth. Counted: recomputing the forward pass, of which
+    linear_fc2 and SwiGLU are left out, adds 36 % of the products, and selective recomputation some passes over memory;
+    except-attention saves a forward pass of attention, a quarter of its time. Assumed, not measured: each further
+    doubling of TP costs another fifth; copies to the host and back, which overlap with the products, cost 3 %; each
+    doubling of CP costs 3 %; experts in chunks cost 2 %.
     """
     tp = layout.tensor_model_parallel_size
     spread = 1.0
@@ -112,10 +124,23 @@ def relative_speed(workload: Workload, layout: Layout) -> float:
         spread = 0.97 if fixed else 0.88
     elif layout.expert_model_parallel_size > 2:
         spread = 0.92 if fixed else 0.78
-    recomputed = {"none": 1.0, "selective": 0.95, "full": 0.7, "offload": 0.68}[layout.recompute]
+    recomputed = recomputed_rate(workload, layout)
     shared = 0.97 ** (layout.context_parallel_size.bit_length() - 1)
     cut = 0.98 if layout.expert_chunks > 1 else 1.0
     return float(spread * recomputed * shared * cut * 0.8 ** (tp.bit_length() - 1))
+
+
+def recomputed_rate(workload: Workload, layout: Layout) -> float:
+    """Return the rate with the recomputation of a layout, relative to none. Times of layers add up."""
+    count = workload.architecture.num_layers
+    part = layout.layers_again(count) / count
+    if layout.recompute == "except-attention":
+        attention = workload.seq_length / ATTENTION_TOKENS
+        others = 1 + AGAIN + attention
+        rate = RECOMPUTED["full"] * (others + attention / 4) / others
+    else:
+        rate = RECOMPUTED[layout.recompute]
+    return 1 / (part / rate + (1 - part) / RECOMPUTED["selective"])
 
 
 def rate_by_tokens(tokens: int) -> float:
@@ -177,13 +202,35 @@ def ranked(workload: Workload, gpu_memory: float, host_memory: float = math.inf)
 
 def _choices(workload: Workload, context: int, gpu_memory: float, host_memory: float) -> list[Choice]:
     choices = []
-    for layout in layouts(workload, context):
-        fitted = fit_dispatch(workload, layout, USABLE * gpu_memory)
-        needed = memory(fitted, layout)
-        pinned = host_bytes(workload, layout)
-        fits = needed.total <= USABLE * gpu_memory and pinned <= USABLE_OF_HOST * host_memory
-        choices.append(Choice(layout, needed, pinned, fits, relative_speed(fitted, layout)))
+    for whole in layouts(workload, context):
+        for layout in (whole, *_with_stored_layers(workload, whole, gpu_memory)):
+            fitted = fit_dispatch(workload, layout, USABLE * gpu_memory)
+            needed = memory(fitted, layout)
+            pinned = host_bytes(workload, layout)
+            fits = needed.total <= USABLE * gpu_memory and pinned <= USABLE_OF_HOST * host_memory
+            choices.append(Choice(layout, needed, pinned, fits, relative_speed(fitted, layout)))
     return choices
+
+
+def _with_stored_layers(workload: Workload, layout: Layout, gpu_memory: float) -> list[Layout]:
+    """Return the layout with as few layers that run again as fit, if some of them must and not all.
+
+    There is none where layers offload their inputs, the last resort, or where experts compute in chunks.
+    """
+    able = layout.recompute in ("except-attention", "full") and layout.expert_chunks == 1
+    if not able or layout.recompute_layers is not None:
+        return []
+
+    def fits(layout: Layout, part: float) -> bool:
+        return memory(fit_dispatch(workload, layout, part * gpu_memory), layout).total <= part * gpu_memory
+
+    if fits(dataclasses.replace(layout, recompute="selective"), USABLE) or not fits(layout, FILLED):
+        return []
+    counts = range(1, workload.architecture.num_layers)
+    fewest = bisect.bisect_left(
+        counts, True, key=lambda count: fits(dataclasses.replace(layout, recompute_layers=count), FILLED)
+    )
+    return [dataclasses.replace(layout, recompute_layers=counts[fewest])] if fewest < len(counts) else []
 
 
 def best(workload: Workload, gpu_memory: float) -> Choice | None:

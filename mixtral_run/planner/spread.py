@@ -46,7 +46,8 @@ def _possible(
     given_tp, given_ep = config.tensor_model_parallel_size, config.expert_model_parallel_size
     for tp in divisors if given_tp is None else [given_tp]:
         for ep in reversed(divisors) if given_ep is None else [given_ep]:
-            layout = Layout(tp, ep, recompute, config.context_size)
+            layers = config.recompute_layers if isinstance(config, TrainingConfig) else None
+            layout = Layout(tp, ep, recompute, config.context_size, recompute_layers=layers)
             if not architecture.layout_problems(tp, ep) and allows(config, layout, num_processes):
                 yield layout
 

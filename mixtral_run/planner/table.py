@@ -89,6 +89,8 @@ def show_plan(config: PlanConfig) -> None:
         )
         if any(each.layout.expert_chunks > 1 for each in shown):
             Report().say("full/4: recompute full, experts in 4 chunks of the tokens (--expert-chunks 4)")
+        if any(each.layout.recompute_layers is not None for each in shown):
+            Report().say("full ×9: recompute full in the first 9 layers, selective behind them (--recompute-layers 9)")
         _report_best(config, workload, gpu, choices[0])
         if config.hosts > 1 and choices[0].fits:
             show_scaling(config, workload, choices[0])
@@ -174,6 +176,8 @@ def _row(choice: Choice, columns: Mapping[str, tuple[str, ...]]) -> tuple[str, .
     recompute = choice.layout.recompute
     if choice.layout.expert_chunks > 1:
         recompute += f"/{choice.layout.expert_chunks}"
+    if choice.layout.recompute_layers is not None:
+        recompute += f" ×{choice.layout.recompute_layers}"
     return str(choice.layout), recompute, fits, *parts, total, pinned, f"{choice.relative_speed:.0%}"
 
 
@@ -216,16 +220,18 @@ def _report_unit(config: PlanConfig, report: Report) -> None:
 
 def _worth_showing(choices: list[Choice]) -> list[Choice]:
     """Return the choices that fit; with offload, or with experts in chunks, only if the same layout does not fit
-    without.
+    without, and with all layers running again only if no layer can be stored.
     """
     fitting = [each for each in choices if each.fits]
     without = {str(each.layout) for each in fitting if each.layout.recompute != "offload"}
     whole = {(str(each.layout), each.layout.recompute) for each in fitting if each.layout.expert_chunks == 1}
+    mixed = {(str(each.layout), each.layout.recompute) for each in fitting if each.layout.recompute_layers is not None}
     return [
         each
         for each in fitting
         if not (each.layout.recompute == "offload" and str(each.layout) in without)
         and not (each.layout.expert_chunks > 1 and (str(each.layout), each.layout.recompute) in whole)
+        and not (each.layout.recompute_layers is None and (str(each.layout), each.layout.recompute) in mixed)
     ]
 
 

@@ -19,7 +19,8 @@ class Layout:
     """A split of the model and of rows over ranks, with its recomputation.
 
     expert_chunks: chunks of a rank's tokens that the experts compute one after the other
-    (model/routing/expert_chunks.py).
+    (model/routing/expert_chunks.py). recompute_layers: the first layers, which `recompute` runs again, with selective
+    ones behind them; None: all.
     """
 
     tensor_model_parallel_size: int
@@ -27,6 +28,7 @@ class Layout:
     recompute: str
     context_parallel_size: int = 1
     expert_chunks: int = 1
+    recompute_layers: int | None = None
 
     def __str__(self) -> str:
         return layout_name(self.tensor_model_parallel_size, self.expert_model_parallel_size, self.context_parallel_size)
@@ -36,12 +38,17 @@ class Layout:
         """Ranks that split the tokens of a row."""
         return self.tensor_model_parallel_size * self.context_parallel_size
 
+    def layers_again(self, num_layers: int) -> int:
+        """Return the number of layers that follow `recompute`; those behind them are selective."""
+        return num_layers if self.recompute_layers is None else min(self.recompute_layers, num_layers)
+
     def flags(self) -> str:
         context = f"--context-parallel-size {self.context_parallel_size} " if self.context_parallel_size > 1 else ""
         return (
             f"--tensor-model-parallel-size {self.tensor_model_parallel_size} {context}"
             f"--expert-model-parallel-size {self.expert_model_parallel_size} --recompute {self.recompute}"
             + (f" --expert-chunks {self.expert_chunks}" if self.expert_chunks > 1 else "")
+            + (f" --recompute-layers {self.recompute_layers}" if self.recompute_layers is not None else "")
         )
 
 
@@ -62,6 +69,8 @@ class Workload:
         context_parallel_size: ranks that share each row; None if the planner may choose more than one where nothing
             fits otherwise.
         expert_chunks: chunks of a micro batch for the experts; None if the planner may choose more than one.
+        recompute_layers: the first layers, which run again if layers do; None for all, or if the planner may choose
+            fewer.
         has_validation: True if a validation set is evaluated between iterations (train/validation.py).
     """
 
@@ -88,6 +97,7 @@ class Workload:
     has_validation: bool = False
     context_parallel_size: int | None = None
     expert_chunks: int | None = None
+    recompute_layers: int | None = None
 
     @property
     def fused_experts(self) -> bool:

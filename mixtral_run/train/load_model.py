@@ -9,7 +9,7 @@ import torch
 
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.verbs.pretrain import PretrainConfig
-from mixtral_run.config.verbs.training import FinetuneConfig
+from mixtral_run.config.verbs.training import FinetuneConfig, TrainingConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.adapters.trained_also import remember_base
@@ -53,7 +53,8 @@ def load_for_training(
     chunks, attention = 1, "bf16"
     if isinstance(config, FinetuneConfig):
         chunks, attention = config.expert_chunks or 1, config.attention_precision
-    settings = ModelSettings(dtype, True, lora, recompute, base_precision, config.kernels, chunks, attention)
+    again = config.recompute_layers if isinstance(config, TrainingConfig) else None
+    settings = ModelSettings(dtype, True, lora, recompute, base_precision, config.kernels, chunks, attention, again)
     model = _build(base, settings, mesh, cache, lambda: warm_up(mesh, dtype))
     if not (isinstance(config, FinetuneConfig) and (config.resume or config.init_adapter)):
         # Otherwise a checkpoint has the start.

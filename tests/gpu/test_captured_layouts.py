@@ -12,6 +12,7 @@ WORKER = Path(__file__).parent / "workers" / "captured_worker.py"
 TWO = [
     "1x2:none:bf16",
     "1x2:full:bf16",
+    "1x2:except-attention:bf16",
     "1x2:selective:fp8",
     "2x2:none:bf16",
     "2x2:full:bf16",

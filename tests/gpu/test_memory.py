@@ -69,6 +69,8 @@ def arguments_of(*, eager: bool = False, micro_batches: int = 1) -> argparse.Nam
         "2048x1:none:pack",
         "2048x1:selective",
         "2048x1:full",
+        "2048x1:except-attention",
+        "2048x1:except-attention:layers4",
         "512x4:none",
         "512x4:selective",
         "8192x1:offload",

@@ -198,7 +198,8 @@ FOREIGN_FLAGS: dict[str, ForeignName] = {
     **dict.fromkeys(("packing", "sample-packing"), _same("pack")),
     **dict.fromkeys(("gradient-checkpointing", "activation-checkpointing", "use-gradient-checkpointing"), _RECOMPUTE),
     **dict.fromkeys(("tiled-mlp", "tiled-mlp-num-shards"), _same("expert-chunks", note="parts of the tokens")),
-    "recompute-granularity": _same("recompute", note="none, selective, full or offload"),
+    "recompute-granularity": _same("recompute", note="none, selective, except-attention, full or offload"),
+    "recompute-num-layers": _same("recompute-layers", note="counted from the first, as with Megatron's method block"),
     **dict.fromkeys(
         ("resume-from-checkpoint", "resume-from", "auto-resume"), _same("resume", note="continues from --save")
     ),

@@ -18,13 +18,12 @@ from mixtral_run.config.schedule import ScheduleConfig
 LOGGERS = ("wandb", "mlflow")
 """Services that --log-to names."""
 
-RECOMPUTE = ("none", "selective", "full", "offload")
+RECOMPUTE = ("none", "selective", "except-attention", "full", "offload")
 """Parts of a layer that the backward pass recomputes, from least to most. offload recomputes as much as full, and keeps
 the inputs of the layers in host memory."""
 
-RUNS_AGAIN = ("full", "offload")
-"""The values of RECOMPUTE that recompute a whole layer."""
-
+RUNS_AGAIN = ("full", "except-attention", "offload")
+"""The values of RECOMPUTE that run a layer again. The first is the default where one of them is needed."""
 
 RESUME_MODES = ("yes", "auto")
 """Values of --resume; without a value it is yes."""
@@ -62,9 +61,18 @@ class TrainingConfig(ScheduleConfig, DataConfig, LaunchConfig):
     recompute: str | None = setting(
         None,
         help="Activations that the backward pass recomputes. selective: those of norms, SwiGLU and permutation. full: "
-        "all of a layer. offload: as full, with the inputs of the layers in host memory. Default: on GPUs, for LoRA "
-        "and AdamW, the least that fits by the plan, else none.",
+        "the layer runs again. except-attention: the layer runs again except attention, whose results are kept. "
+        "offload: as full, with the inputs of the layers in host memory. Default: on GPUs, for LoRA and AdamW, the "
+        "least that fits by the plan, else none.",
         choices=RECOMPUTE,
+        section=MEMORY,
+    )
+    recompute_layers: int | None = setting(
+        None,
+        help="Number of layers, from the first, that run again. Those after them recompute as with --recompute "
+        "selective, which is faster and takes more memory. Needs --recompute full, except-attention or offload. "
+        "Default: all, or what the planner chooses without --recompute.",
+        minimum=1,
         section=MEMORY,
     )
     recompute_activations: bool = setting(False, help="The same as --recompute full.", section=MEMORY)
@@ -93,6 +101,11 @@ class TrainingConfig(ScheduleConfig, DataConfig, LaunchConfig):
         found = super().problems()
         if self.recompute_activations and self.recompute not in (None, "full"):
             found.append(f"--recompute-activations: the same as --recompute full; found --recompute {self.recompute}")
+        if self.recompute_layers is not None and self.recomputation not in RUNS_AGAIN:
+            found.append(
+                f"--recompute-layers: expected --recompute full, except-attention or offload with it, which run layers "
+                f"again; found --recompute {self.recomputation}"
+            )
         if self.epochs is not None and self.mock_data:
             found.append("--epochs: expected --data-path; found --mock-data, which has no end")
         tp, cp = self.tensor_model_parallel_size, self.context_size
@@ -365,8 +378,13 @@ class FinetuneConfig(LoraConfig, AttentionPrecisionConfig, ContextLaunchConfig, 
         found = super().problems()
         if (self.expert_chunks or 1) > 1 and self.recomputation not in RUNS_AGAIN:
             found.append(
-                f"--expert-chunks: expected --recompute full or offload with it, as the backward pass computes each "
-                f"chunk again; found --recompute {self.recomputation}"
+                f"--expert-chunks: expected --recompute full, except-attention or offload with it, as the backward "
+                f"pass computes each chunk again; found --recompute {self.recomputation}"
+            )
+        if (self.expert_chunks or 1) > 1 and self.recompute_layers is not None:
+            found.append(
+                f"--recompute-layers: expected without --expert-chunks, which is for rows whose experts do not fit "
+                f"in memory even one layer at a time; found --expert-chunks {self.expert_chunks}"
             )
         ranks_of_a_row = max(self.tensor_model_parallel_size or 1, 1) * max(self.context_size, 1)
         tokens = self.micro_batch_size * self.rows_per_sample * self.seq_length // ranks_of_a_row

@@ -17,6 +17,7 @@ from mixtral_run.model.attention.context_attention import ContextInputs, attenti
 from mixtral_run.model.attention.packed_attention import Packed, packed_attention
 from mixtral_run.model.attention.rotary import split_and_rotate
 from mixtral_run.model.parallel.megatron import MegatronModule, TransformerConfig
+from mixtral_run.model.recompute.kept_attention import KeptAttention
 from mixtral_run.model.recompute.recipe import Recipe
 
 
@@ -95,10 +96,17 @@ class Attention(MegatronModule):
         self.linear_qkv = ColumnLinear(config.hidden_size, rows, "linear_qkv", config, lora, layer_number)
         self.linear_proj = RowLinear(columns, config.hidden_size, "linear_proj", config, lora, layer_number)
 
-    def forward(self, hidden: Tensor, inputs: AttentionInputs, recipe: Recipe | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        inputs: AttentionInputs,
+        recipe: Recipe | None = None,
+        kept: KeptAttention | None = None,
+    ) -> Tensor:
         """Return the output for hidden [sequence (/ TP under sequence parallelism), batch, hidden], of the same shape.
 
-        recipe: how to recompute `hidden` in the backward pass; None to save it.
+        recipe: how to recompute `hidden` in the backward pass; None to save it. kept: results of attention itself, if
+        the layer runs again except attention.
         """
         mixed = self.linear_qkv(hidden, recipe)
         if inputs.cache is not None and inputs.cache.place is not None:
@@ -106,14 +114,11 @@ class Attention(MegatronModule):
         query, key, value = self._split_heads(mixed, inputs)
         if inputs.cache is not None:
             key, value = inputs.cache.append(self.layer_number, key, value)
-        if inputs.packed is not None:
-            context = packed_attention(query, key, value, inputs.packed)
-        elif inputs.context is not None and inputs.context.bounds is not None:
-            context = attention_of_chunks(query, key, value, inputs.context.bounds)
-        elif inputs.context is not None:
-            context = self._attend(query, key, value, inputs.context.mask)
-        else:
-            context = self._attend(query, key, value, inputs.mask)
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return self._attend(query, key, value, inputs)
+
+        context = kept(attend, query, key, value) if kept is not None else attend(query, key, value)
         # Attention saves its result for its own gradient; with positions first it is a copy, which can be recomputed.
         again = Recipe.of(_positions_first, context) if recipe is not None else None
         projected: Tensor = self.linear_proj(_positions_first(context), again)
@@ -128,10 +133,15 @@ class Attention(MegatronModule):
         projected: Tensor = self.linear_proj(context)
         return projected
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, inputs: AttentionInputs) -> Tensor:
         """Return attention for query [batch, heads, queries, head size], of the same shape; key, value: [batch, groups,
         keys, head size].
         """
+        if inputs.packed is not None:
+            return packed_attention(query, key, value, inputs.packed)
+        if inputs.context is not None and inputs.context.bounds is not None:
+            return attention_of_chunks(query, key, value, inputs.context.bounds)
+        mask = inputs.context.mask if inputs.context is not None else inputs.mask
         alone, shape = query.shape[2] == 1, query.shape
         if alone:
             # The heads of a group become queries of one head, so that keys need not be repeated, with a mask either.

@@ -216,8 +216,9 @@ def _out_of_memory(device: torch.device, wanted: str) -> TrainingError:
     return TrainingError(
         "A GPU's memory is full." if device.type == "cuda" else "This machine's memory is full.",
         found=wanted,
-        next_command="a smaller --micro-batch-size or --seq-length, --recompute full or offload, or more processes "
-        "under --expert-model-parallel-size; `mixtral-run plan` reports what fits",
+        next_command="a smaller --micro-batch-size or --seq-length, --recompute full or offload, a larger "
+        "--recompute-layers, or more processes under --expert-model-parallel-size; `mixtral-run plan` reports what "
+        "fits",
     )
 
 

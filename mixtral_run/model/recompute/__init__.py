@@ -1,1 +1,1 @@
-"""Selective recomputation and offload to host memory."""
+"""Selective recomputation, kept results of attention, and offload to host memory."""

@@ -72,7 +72,7 @@ def left_after_steps(model: MixtralModel) -> list[str]:
     micro = micro_batch(PackedRows(model.architecture.vocab_size, 16, 5), (0, 1))
     layers, found = model.gpt.decoder.layers, []
     gc.disable()
-    for mode in ("none", "selective", "full"):
+    for mode in ("none", "selective", "except-attention", "full"):
         for layer in layers:
             layer.recompute = mode
         with LiveTensors() as live:
@@ -108,7 +108,7 @@ def run_layout(checkpoint: Path, out: Path, layout: str, saved: Path | None) -> 
             results["packed_validation"] = float(summed(losses, mesh)) / mesh.data_size
         results["logits"] = model.eval().logits(torch.arange(8)[None])[0].double().tolist()
         results["left"] = left_after_steps(run["model"].train())
-        for mode in ("selective", "full"):
+        for mode in ("selective", "except-attention", "full"):
             again = run_with(PackedRows, layout_of(checkpoint, out, layout, recompute=mode), mesh, 1)
             results[mode] = again["figures"]
         again = run_with(PackedRows, layout_of(checkpoint, out, layout, expert_chunks=3), mesh, 1)
@@ -116,7 +116,7 @@ def run_layout(checkpoint: Path, out: Path, layout: str, saved: Path | None) -> 
         with patch.object(mixtral, "MOST_LOGITS", 3):
             results["chunked"] = run_with(PackedRows, config, mesh, 1)["figures"]
         dropped = []
-        for mode in ("none", "full"):
+        for mode in ("none", "full", "except-attention"):
             seed_everything(1, mesh.rank)
             config_dropped = layout_of(checkpoint, out, layout, recompute=mode, lora_dropout=0.3)
             dropped.append(run_with(PackedRows, config_dropped, mesh, 1)["figures"])

@@ -84,12 +84,14 @@ def test_recomputation_and_chunks_of_losses_and_experts_change_nothing(case: str
     expected = results["1:1x1x1"]["PackedRows"]["figures"][:1]
     for mode in ("selective", "full", "chunked", "expert_chunks"):
         check_figures(results[case][mode], expected)
+    assert results[case]["except-attention"] == results[case]["full"]
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_recomputation_draws_the_same_dropout(case: str, results: dict[str, Any]) -> None:
-    none, full = results[case]["dropout"]
+    none, full, except_attention = results[case]["dropout"]
     check_figures(full, none)
+    assert except_attention == full
     assert abs(none[0][1] - results[case]["PackedRows"]["figures"][0][1]) > 1e-3
 
 

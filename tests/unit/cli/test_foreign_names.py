@@ -38,6 +38,7 @@ def problems(*words: str) -> tuple[str, ...]:
         ("--deepspeed", "leave it out: the kit splits the model"),
         ("--target-modules", "linear_qkv (q_proj, k_proj, v_proj)"),
         ("--gradient_checkpointing", "write --recompute (with the value full)"),
+        ("--recompute-num-layers", "write --recompute-layers (counted from the first"),
         ("--pipeline_model_parallel_size", "leave it out"),
         ("--optim", "leave it out: finetune always uses AdamW"),
         ("--train-on-inputs", "leave it out: only the answers are learned"),

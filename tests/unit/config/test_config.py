@@ -10,6 +10,7 @@ from mixtral_run.config.fields import Config
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.verbs import plan, training, trial, weights
 from mixtral_run.config.verbs.generate import GenerateConfig
+from mixtral_run.config.verbs.pretrain import PretrainConfig
 from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.config.verbs.weights import ConvertConfig
 from mixtral_run.errors import ConfigError
@@ -131,6 +132,23 @@ def test_broken_limits_are_reported_together() -> None:
 def test_an_invalid_learning_rate_is_refused(value: float) -> None:
     config = FinetuneConfig(load=Path("a"), save=Path("b"), mock_data=True, lr=value)
     assert any(problem.startswith("--lr:") for problem in config.problems())
+
+
+@pytest.mark.parametrize("recompute", ["full", "except-attention", "offload"])
+def test_some_layers_run_again_only_where_layers_do(recompute: str) -> None:
+    given: dict[str, Any] = {"load": Path("b"), "save": Path("s"), "mock_data": True}
+    assert FinetuneConfig(**given, recompute=recompute, recompute_layers=3).problems() == []
+    assert FinetuneConfig(**given, recompute_activations=True, recompute_layers=3).problems() == []
+    for others, found in (({"recompute": "selective"}, "selective"), ({}, "none")):
+        (problem,) = FinetuneConfig(**given, **others, recompute_layers=3).problems()
+        assert problem.startswith("--recompute-layers: expected --recompute full, except-attention or offload with it")
+        assert problem.endswith(f"found --recompute {found}")
+    (problem,) = FinetuneConfig(**given, recompute=recompute, recompute_layers=3, expert_chunks=2).problems()
+    assert problem.startswith("--recompute-layers: expected without --expert-chunks")
+    assert FinetuneConfig(**given, recompute=recompute, expert_chunks=2).problems() == []
+    assert PretrainConfig(load=Path("b"), mock_data=True, recompute=recompute, recompute_layers=3).problems() == []
+    (problem,) = FinetuneConfig(**given, recompute=recompute, recompute_layers=0).problems()
+    assert problem.startswith("--recompute-layers")
 
 
 def test_world_size_problems() -> None:

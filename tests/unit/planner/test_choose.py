@@ -143,13 +143,21 @@ def test_auto_says_when_nothing_fits(on_gpus: Any) -> None:
     assert "mixtral-run plan --gpus 1 --gpu-memory 80 --seq-length 512" in str(caught.value)
 
 
-def test_recomputation_is_the_least_that_fits(on_gpus: Any) -> None:
+def test_recomputation_is_the_least_that_fits(on_gpus: Any, capsys: pytest.CaptureFixture[str]) -> None:
     layout = {"tensor_model_parallel_size": 1, "expert_model_parallel_size": 1}
-    for seq_length, expected in ((2048, "none"), (8192, "selective"), (16384, "full")):
+    for seq_length, *expected in ((2048, "none", None), (8192, "selective", None), (16384, "except-attention", 20)):
         on_gpus(1, 139.8)
         config = settled(run(**layout, seq_length=seq_length))
-        assert config.recompute == expected
+        assert [config.recompute, config.recompute_layers] == expected
         assert memory_error(config, BASE, 1) is None
+    assert "Plan: TP1/EP1, recompute except-attention in 20 layers: 129." in capsys.readouterr().out
+    # What was given stays, also if more would be fast.
+    given = settled(run(**layout, seq_length=16384, recompute="except-attention"))
+    assert (given.recompute, given.recompute_layers) == ("except-attention", None)
+    given = settled(run(**layout, seq_length=16384, recompute="full", recompute_layers=25))
+    assert (given.recompute, given.recompute_layers) == ("full", 25)
+    error = memory_error(run(**layout, seq_length=16384, recompute="full", recompute_layers=5), BASE, 1)
+    assert error is not None and "--recompute except-attention --recompute-layers 20" in str(error)
 
 
 def test_inputs_go_to_the_host_as_the_last_step(on_gpus: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,13 +170,13 @@ def test_inputs_go_to_the_host_as_the_last_step(on_gpus: Any, capsys: pytest.Cap
     assert "64.0 GiB of host RAM" in capsys.readouterr().out
     # Where another layout does without, it is taken.
     config = settled(run(seq_length=24576, expert_chunks=1))
-    assert (config.tensor_model_parallel_size, config.recompute) == (2, "full")
+    assert (config.tensor_model_parallel_size, config.recompute) == (2, "except-attention")
 
 
 def test_experts_compute_in_chunks_where_memory_needs_it(on_gpus: Any, capsys: pytest.CaptureFixture[str]) -> None:
     layout = {"tensor_model_parallel_size": 1, "expert_model_parallel_size": 8}
     on_gpus(8, 32)
-    assert settled(run(**layout, seq_length=16384)).expert_chunks == 1
+    assert settled(run(**layout, seq_length=16384, recompute="full")).expert_chunks == 1
     config = settled(run(**layout, seq_length=24576))
     assert (config.recompute, config.expert_chunks) == ("full", 3)
     assert "Plan: TP1/EP8, recompute full, experts in 3 chunks: 26.9 of 32.0 GiB a GPU" in capsys.readouterr().out

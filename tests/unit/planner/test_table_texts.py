@@ -33,6 +33,7 @@ def test_rows_of_the_table() -> None:
     assert table._row(chunks, {"two": ("gradients", "optimizer")}) == (
         str(chunks.layout), "full/3", "✗", "12.0", "63.1", "1.5", "68%",
     )  # fmt: skip
+    assert table._row(choice(Layout(1, 2, "full", recompute_layers=9)), {})[1] == "full ×9"
     full: Any = SimpleNamespace(layout=Layout(1, 2, "full"), offload=True, host_bytes=3 * GIB, fits=True, memory=MEMORY)
     found = full_table._row(full, {"one": ("weights",)})
     assert found == ("TP1/EP2", "full", "host", "✓", "1.0", "63.1", "3.0")
@@ -74,6 +75,8 @@ def test_the_copy_of_a_save_needs_its_part_of_the_ram(host: float, fits: bool) -
         ([Layout(1, 2, "full"), Layout(1, 2, "full", 1, 2)], [0]),
         ([Layout(1, 2, "full", 1, 2), Layout(1, 2, "none")], [0, 1]),
         ([Layout(1, 2, "full", 1, 2), Layout(2, 1, "full")], [0, 1]),
+        ([Layout(1, 2, "full"), Layout(1, 2, "full", recompute_layers=9), Layout(2, 1, "full")], [1, 2]),
+        ([Layout(1, 2, "except-attention"), Layout(1, 2, "full", recompute_layers=9)], [0, 1]),
     ],
 )
 def test_last_resorts_are_shown_where_nothing_else_fits(layouts: list[Layout], shown: list[int]) -> None:
