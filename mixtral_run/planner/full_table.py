@@ -49,6 +49,8 @@ def show_full_plan(config: PlanConfig, workload: Workload, gpu_memory_gib: float
                 [_row(each, SHORT_PARTS) for each in shown],
             ),
         )
+        if any(each.layout.recompute == "except-attention" for each in shown):
+            report.say("except: recompute except-attention")
         best = choices[0]
         if best.fits:
             report.say("counted, not measured; several micro batches an iteration are assumed")
@@ -111,7 +113,7 @@ def _row(choice: FullChoice, columns: dict[str, tuple[str, ...]]) -> tuple[str, 
     place = "host" if choice.offload else "GPU"
     pinned = f"{choice.host_bytes / GIB:.1f}" if choice.host_bytes else "–"
     total = f"{choice.memory.total / GIB:.1f}"
-    return str(choice.layout), choice.layout.recompute, place, "✓" if choice.fits else "✗", *parts, total, pinned
+    return str(choice.layout), choice.layout.recompute_cell, place, "✓" if choice.fits else "✗", *parts, total, pinned
 
 
 def _to_mapping(

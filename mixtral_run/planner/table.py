@@ -89,8 +89,10 @@ def show_plan(config: PlanConfig) -> None:
         )
         if any(each.layout.expert_chunks > 1 for each in shown):
             Report().say("full/4: recompute full, experts in 4 chunks of the tokens (--expert-chunks 4)")
+        if any(each.layout.recompute == "except-attention" for each in shown):
+            Report().say("except: recompute except-attention")
         if any(each.layout.recompute_layers is not None for each in shown):
-            Report().say("full ×9: recompute full in the first 9 layers, selective behind them (--recompute-layers 9)")
+            Report().say("full×9: the first 9 layers full, the others selective (--recompute-layers 9)")
         _report_best(config, workload, gpu, choices[0])
         if config.hosts > 1 and choices[0].fits:
             show_scaling(config, workload, choices[0])
@@ -173,12 +175,7 @@ def _row(choice: Choice, columns: Mapping[str, tuple[str, ...]]) -> tuple[str, .
     total = f"{choice.memory.total / GIB:.1f}"
     fits = "✓" if choice.fits else "✗"
     pinned = f"{choice.host_bytes / GIB:.1f}" if choice.host_bytes else "–"
-    recompute = choice.layout.recompute
-    if choice.layout.expert_chunks > 1:
-        recompute += f"/{choice.layout.expert_chunks}"
-    if choice.layout.recompute_layers is not None:
-        recompute += f" ×{choice.layout.recompute_layers}"
-    return str(choice.layout), recompute, fits, *parts, total, pinned, f"{choice.relative_speed:.0%}"
+    return str(choice.layout), choice.layout.recompute_cell, fits, *parts, total, pinned, f"{choice.relative_speed:.0%}"
 
 
 def _report_best(config: PlanConfig, workload: Workload, gpu: PlannedGpu, best: Choice) -> None:

@@ -38,6 +38,13 @@ class Layout:
         """Ranks that split the tokens of a row."""
         return self.tensor_model_parallel_size * self.context_parallel_size
 
+    @property
+    def recompute_cell(self) -> str:
+        """The recomputation in a table: full, full/4 with the experts in chunks, full×9 with 9 layers that run again."""
+        name = "except" if self.recompute == "except-attention" else self.recompute
+        chunks = f"/{self.expert_chunks}" if self.expert_chunks > 1 else ""
+        return name + chunks + (f"×{self.recompute_layers}" if self.recompute_layers is not None else "")
+
     def layers_again(self, num_layers: int) -> int:
         """Return the number of layers that follow `recompute`; those behind them are selective."""
         return num_layers if self.recompute_layers is None else min(self.recompute_layers, num_layers)

@@ -59,7 +59,7 @@ class _Keep(TorchDispatchMode):
     """Appends the outputs of attention operators to `outputs`."""
 
     def __init__(self, outputs: deque[tuple[Any, Any]]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._outputs = outputs
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -74,7 +74,7 @@ class _Return(TorchDispatchMode):
     """Returns `outputs`, the oldest first, in place of calling attention operators."""
 
     def __init__(self, outputs: deque[tuple[Any, Any]]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._outputs = outputs
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -33,7 +33,8 @@ def test_rows_of_the_table() -> None:
     assert table._row(chunks, {"two": ("gradients", "optimizer")}) == (
         str(chunks.layout), "full/3", "✗", "12.0", "63.1", "1.5", "68%",
     )  # fmt: skip
-    assert table._row(choice(Layout(1, 2, "full", recompute_layers=9)), {})[1] == "full ×9"
+    assert table._row(choice(Layout(1, 2, "full", recompute_layers=9)), {})[1] == "full×9"
+    assert table._row(choice(Layout(1, 2, "except-attention", 1, 3)), {})[1] == "except/3"
     full: Any = SimpleNamespace(layout=Layout(1, 2, "full"), offload=True, host_bytes=3 * GIB, fits=True, memory=MEMORY)
     found = full_table._row(full, {"one": ("weights",)})
     assert found == ("TP1/EP2", "full", "host", "✓", "1.0", "63.1", "3.0")
