@@ -40,7 +40,7 @@ class Layout:
 
     @property
     def recompute_cell(self) -> str:
-        """The recomputation in a table: full, full/4 with the experts in chunks, full×9 with 9 layers that run again."""
+        """The recomputation in a table: full, full/4 with experts in chunks, full×9 with 9 layers that run again."""
         name = "except" if self.recompute == "except-attention" else self.recompute
         chunks = f"/{self.expert_chunks}" if self.expert_chunks > 1 else ""
         return name + chunks + (f"×{self.recompute_layers}" if self.recompute_layers is not None else "")
