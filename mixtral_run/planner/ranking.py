@@ -224,7 +224,7 @@ def _with_stored_layers(workload: Workload, layout: Layout, gpu_memory: float) -
     def fits(layout: Layout, part: float) -> bool:
         return memory(fit_dispatch(workload, layout, part * gpu_memory), layout).total <= part * gpu_memory
 
-    if fits(dataclasses.replace(layout, recompute="selective"), USABLE) or not fits(layout, FILLED):
+    if fits(dataclasses.replace(layout, recompute="selective"), USABLE):
         return []
     counts = range(1, workload.architecture.num_layers)
     fewest = bisect.bisect_left(

@@ -4,6 +4,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,12 +12,18 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mixtral_run.config.verbs.pretrain import PretrainConfig
+from mixtral_run.config.verbs.training import FinetuneConfig
+from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.experts import ExpertLinear
 from mixtral_run.model.layer import recompute_of
+from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.model.recompute.kept_attention import KeptAttention
+from mixtral_run.train import load_model
 from mixtral_run.train.data.samples import GlobalBatch
 from mixtral_run.train.steps.cuda_graph import execution_of
+from mixtral_run.weights.manifest.describe import BaseDescription
 from tests.multiprocess.conftest import SMALL
 from tests.support.live_tensors import LiveTensors
 from tests.unit.model.attention.test_packed_attention import micro_batches
@@ -174,19 +181,21 @@ def test_which_layers_run_again() -> None:
     assert [recompute_of(each, "none", 2) for each in numbers] == ["none"] * 4
 
 
-def test_the_model_is_built_so(mesh: Mesh) -> None:
-    from mixtral_run.model.adapters.lora_settings import LoraSettings
-    from mixtral_run.model.mixtral import ModelSettings, build_model
-
-    lora = LoraSettings(4, 8.0, 0.0, ("linear_qkv",), 1)
-    settings = ModelSettings(torch.float32, True, lora, "except-attention", recompute_layers=1)
-    layers = build_model(SMALL, settings, mesh).gpt.decoder.layers
-    assert [each.recompute for each in layers] == ["except-attention", "selective"]
+@pytest.mark.parametrize("config_class", [FinetuneConfig, PretrainConfig])
+def test_a_run_builds_its_model_so(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch, config_class: type[FinetuneConfig] | type[PretrainConfig]
+) -> None:
+    monkeypatch.setattr(load_model, "load_base", lambda *_: None)
+    monkeypatch.setattr(load_model, "start_from_weights", lambda _: None)
+    base = BaseDescription(Path("base"), SMALL, "float32", "")
+    given: dict[str, Any] = {"load": Path("base"), "save": Path("adapter"), "mock_data": True}
+    config = config_class(**given, recompute="except-attention", recompute_layers=1)
+    lora = LoraSettings(4, 8.0, 0.0, ("linear_qkv",), 1) if config_class is FinetuneConfig else None
+    model = load_model.load_for_training(config, base, mesh, lora, recompute=config.recomputation)
+    assert [each.recompute for each in model.gpt.decoder.layers] == ["except-attention", "selective"]
 
 
 def test_the_pass_is_captured_where_full_is(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mixtral_run.model.mixtral import MixtralModel
-
     monkeypatch.setattr(MixtralModel, "is_capturable", True)
     captured = {
         (mode, dropout): execution_of(model_of(mesh, mode, dropout), 16).captured
