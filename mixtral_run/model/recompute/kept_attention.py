@@ -55,12 +55,21 @@ class KeptAttention:
         return [each for _, outputs in self._outputs for each in outputs if isinstance(each, Tensor)]
 
 
-class _Keep(TorchDispatchMode):
-    """Appends the outputs of attention operators to `outputs`."""
+class _Mode(TorchDispatchMode):
+    """A mode with the outputs of attention operators, the oldest first."""
 
     def __init__(self, outputs: deque[tuple[Any, Any]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._outputs = outputs
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Return False: torch would wrap each mode for its compiler, which the wrapper imports at the first call."""
+        return False
+
+
+class _Keep(_Mode):
+    """Appends the outputs of attention operators to `outputs`."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -70,12 +79,8 @@ class _Keep(TorchDispatchMode):
         return result
 
 
-class _Return(TorchDispatchMode):
-    """Returns `outputs`, the oldest first, in place of calling attention operators."""
-
-    def __init__(self, outputs: deque[tuple[Any, Any]]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._outputs = outputs
+class _Return(_Mode):
+    """Returns `outputs` in place of calling attention operators."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not _is_attention(func):

@@ -19,6 +19,7 @@ from mixtral_run.model.experts import ExpertLinear
 from mixtral_run.model.layer import recompute_of
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh
+from mixtral_run.model.recompute import kept_attention
 from mixtral_run.model.recompute.kept_attention import KeptAttention
 from mixtral_run.train import load_model
 from mixtral_run.train.data.samples import GlobalBatch
@@ -120,6 +121,13 @@ def test_all_operators_of_a_layer_are_kept_in_their_order() -> None:
         found = gradients(kept=kept)
     assert calls.names == {"forward": 2, "backward": 2}
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+
+
+def test_torchs_compiler_is_not_imported_for_it() -> None:
+    """torch wraps a mode's method so that the first call imports the compiler, unless the mode says otherwise."""
+    wrapped = [hasattr(mode.__torch_dispatch__, "__wrapped__") for mode in (kept_attention._Keep, AttentionCalls)]
+    assert wrapped == [False, True]
+    assert not hasattr(kept_attention._Return.__torch_dispatch__, "__wrapped__")
 
 
 @contextmanager
