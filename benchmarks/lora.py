@@ -1,14 +1,18 @@
 """Speed and memory of LoRA on Mixtral's full width: this kit beside HF transformers + PEFT, on the same GPU.
 
-    python benchmarks/lora.py [--layers 32] [--sizes 512x1,2048x1] [--sides ours,peer] [--gpus 1]
+    python benchmarks/lora.py [--layers 32] [--sizes 512x1,2048x1] [--sides ours,hf,unsloth,axolotl] [--gpus 1]
         [--recompute none|selective|except-attention|full|offload] [--base-precision bf16|fp8|nf4]
-        [--kernels auto|portable|hopper] [--eager] [--collectives] [--attention-only]
+        [--kernels auto|portable|hopper] [--rival-checkpointing own|none] [--eager] [--collectives] [--attention-only]
+    python benchmarks/lora.py --longest --sides unsloth [--lengths 16384,32768,…]
 
 Every measurement is a process of its own. Weights are random, tokens are random, each step is one micro batch forward
-and backward and one AdamW step over adapters on attention and experts (r = 16). The peer is what its users run: all
-linear layers and experts, grouped_mm, gradient checkpointing. Medians of the steps after warming up. With more than
-one GPU our side runs EP over them, tokens a second are a GPU's. The last line printed is one JSON object, for the last
-size.
+and backward and one AdamW step over adapters on attention and experts (r = 16). The sides besides ours are hf, unsloth
+and axolotl, each loaded and patched by its own code (benchmarks/rivals), in bf16, with its own gradient checkpointing
+or with none. Medians of the steps after warming up. With more than one GPU our side runs EP over them, tokens a second
+are a GPU's. The ratio is ours to the fastest rival. The last line printed is one JSON object, for the last size.
+
+--longest builds one side once, in this process, and takes rows of one length after the other until memory ends; each
+is printed as it is measured.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ RANK = 16
 ATTENTION = ("linear_qkv", "linear_proj")
 MODULES = (*ATTENTION, "linear_fc1", "linear_fc2")
 FLAGS = ("eager", "collectives", "attention-only")
+LENGTHS = "16384,32768,49152,65536,98304,131072"
 
 
 def timed_steps(step: Callable[[], object], warm_up: int, count: int) -> float:
@@ -149,51 +154,18 @@ def exchanged_by(*, collectives: bool) -> Iterator[None]:
         yield
 
 
-def run_peer(layers: int, seq: int, micro: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import MixtralConfig, MixtralForCausalLM
+def run_rival(side: str, layers: int, seq: int, micro: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure another trainer in its own way (benchmarks/rivals)."""
+    import importlib
 
-    config = MixtralConfig(
-        num_hidden_layers=layers,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=32000,
-        max_position_embeddings=32768,
-        rope_theta=1e6,
-        use_cache=False,
-    )
-    config._experts_implementation = "grouped_mm"
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = MixtralForCausalLM._from_config(config, attn_implementation="sdpa")
-    torch.set_default_dtype(torch.float32)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.enable_input_require_grads()
-    settings = LoraConfig(
-        r=RANK,
-        lora_alpha=32,
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
-        target_parameters=[] if arguments.attention_only else ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-    )
-    model = get_peft_model(model, settings).train()
-    adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(adapters, lr=1e-4, fused=True)
+    from benchmarks.rivals.table import RIVALS
 
-    def step() -> float:
-        tokens = torch.randint(0, 32000, (micro, seq), device="cuda")
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(adapters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return float(loss)
+    # Before the harness: a rival changes transformers when it is imported.
+    ready = importlib.import_module(RIVALS[side].module).prepare(layers, seq, arguments)
 
-    seconds = timed_steps(step, 2, max(arguments.steps // 2, 3))
-    return {"tok_s": seq * micro / seconds, "peak_gib": torch.cuda.max_memory_reserved() / 1024**3}
+    from benchmarks.rivals.harness import measured
+
+    return measured(ready, seq, micro, arguments)
 
 
 def write_profile(step: Callable[[], object], path: Path | None) -> None:
@@ -236,6 +208,8 @@ def measure(side: str, layers: int, seq: int, micro: int, arguments: argparse.Na
         arguments.base_precision,
         "--kernels",
         arguments.kernels,
+        "--rival-checkpointing",
+        arguments.rival_checkpointing,
     ]
     words += [f"--{name}" for name in FLAGS if getattr(arguments, name.replace("-", "_"))]
     if arguments.profile:
@@ -244,11 +218,33 @@ def measure(side: str, layers: int, seq: int, micro: int, arguments: argparse.Na
     return found or {"tok_s": float("nan"), "peak_gib": float("nan")}
 
 
+def run_child(side: str, layers: int, seq: int, micro: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure a side in this process. A side that runs out of memory is a result, too."""
+    try:
+        if side == "matmul":
+            return {"tflops": matmul_tflops()}
+        if side == "ours":
+            return run_ours(layers, seq, micro, arguments)
+        return run_rival(side, layers, seq, micro, arguments)
+    except RuntimeError as error:
+        # Not imported earlier: a rival sets torch up before the first import.
+        import torch
+
+        if not isinstance(error, torch.OutOfMemoryError):
+            raise
+        return {"tok_s": float("nan"), "peak_gib": float("nan"), "out_of_memory": True}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--sizes", default="512x1,2048x1,8192x1,2048x4", help="sequence length x micro batch, …")
-    parser.add_argument("--sides", default="ours,peer")
+    parser.add_argument("--sides", type=given_sides, default="ours,hf", help="ours, hf, unsloth, axolotl")
+    parser.add_argument(
+        "--rival-checkpointing", default="own", choices=("own", "none"), help="gradient checkpointing of the rivals"
+    )
+    parser.add_argument("--longest", action="store_true", help="one side, rows of growing length until memory ends")
+    parser.add_argument("--lengths", default=LENGTHS, help="of --longest")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--profile", type=Path, help="write the kernels of one of our steps there")
@@ -259,43 +255,78 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="our side without a CUDA graph; over EP row by row")
     parser.add_argument("--attention-only", action="store_true", help="no adapters on the experts, on both sides")
     parser.add_argument("--collectives", action="store_true", help="our side with all-gather, not GPU from GPU")
-    parser.add_argument("--child", choices=("ours", "peer", "matmul"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     sizes = [tuple(int(number) for number in size.split("x")) for size in arguments.sizes.split(",")]
     if arguments.child:
-        run = {"ours": run_ours, "peer": run_peer, "matmul": lambda *_: {"tflops": matmul_tflops()}}[arguments.child]
-        result = run(arguments.layers, *sizes[0], arguments)
+        result = run_child(arguments.child, arguments.layers, *sizes[0], arguments)
         if result:
             print(json.dumps(result), flush=True)
         return
+
+    from benchmarks.rivals.table import require
+
+    require(arguments.sides)
+    if arguments.longest:
+        from benchmarks.rivals.longest import longest
+
+        if len(arguments.sides) != 1:
+            parser.error(f"--longest takes one of --sides; found {','.join(arguments.sides)}")
+        longest(arguments.sides[0], [int(length) for length in arguments.lengths.split(",")], arguments)
+        return
     report(arguments, sizes)
+
+
+def given_sides(words: str) -> tuple[str, ...]:
+    from benchmarks.rivals.table import sides_of
+
+    try:
+        return sides_of(words)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def report(arguments: argparse.Namespace, sizes: list[tuple[int, ...]]) -> None:
     import dataclasses
 
+    from benchmarks.rivals.table import fastest, versions
     from mixtral_run.model.architecture import MIXTRAL_8X7B
 
     ceiling = measure("matmul", 1, 1, 1, arguments).get("tflops", float("nan"))
     active = dataclasses.replace(MIXTRAL_8X7B, num_layers=arguments.layers).num_active_parameters
     print(f"{arguments.layers} layers, {arguments.gpus} GPU(s), 8,192³ bf16 product {ceiling:.0f} TFLOP/s")
-    print(f"{'size':>8} {'side':>5} {'tok/s/GPU':>10} {'peak GiB':>9} {'TFLOP/s 4P':>10} {'6P':>6} {'of product':>10}")
-    summary: dict[str, float] = {}
+    named = {side: versions(side) for side in arguments.sides if side != "ours"}
+    for side, each in named.items():
+        print(f"{side}: {', '.join(' '.join(pair) for pair in each.items())}", end="")
+        print(f"; gradient checkpointing: {arguments.rival_checkpointing}")
+    print(f"{'size':>8} {'side':>7} {'tok/s/GPU':>10} {'peak GiB':>9} {'TFLOP/s 4P':>10} {'6P':>6} {'of product':>10}")
+    summary: dict[str, Any] = {}
     for seq, micro in sizes:
         found = {}
-        for side in arguments.sides.split(","):
+        for side in arguments.sides:
             found[side] = result = measure(side, arguments.layers, seq, micro, arguments)
-            rate = result["tok_s"] * active / 1e12
-            print(
-                f"{seq:>6}x{micro} {side:>5} {result['tok_s']:>10,.0f} {result['peak_gib']:>9.1f} {4 * rate:>10.0f} "
-                f"{6 * rate:>6.0f} {4 * rate / ceiling:>10.0%}",
-                flush=True,
-            )
-        summary = {f"{side}_{name}": result[name] for side, result in found.items() for name in ("tok_s", "peak_gib")}
-        if len(found) == 2:
-            summary["ratio"] = found["ours"]["tok_s"] / found["peer"]["tok_s"]
-            print(f"{'':>8} ratio {summary['ratio']:.2f}", flush=True)
+            print(row_of(f"{seq}x{micro}", side, result, active, ceiling), flush=True)
+        summary = {f"{side}_{name}": value for side, result in found.items() for name, value in result.items()}
+        summary["versions"] = named
+        rival = fastest(found)
+        if rival is not None and "ours" in found:
+            summary["fastest_rival"] = rival
+            summary["ratio"] = found["ours"]["tok_s"] / found[rival]["tok_s"]
+            print(f"{'':>8} ratio {summary['ratio']:.2f} to {rival}, the fastest rival", flush=True)
     print(json.dumps(summary))
+
+
+def row_of(size: str, side: str, result: dict[str, Any], active: int, ceiling: float) -> str:
+    """Return a line of the table; for a rival also which code computed the experts."""
+    start = f"{size:>8} {side:>7} "
+    if result.get("out_of_memory"):
+        return start + "out of memory"
+    rate = result["tok_s"] * active / 1e12
+    row = f"{start}{result['tok_s']:>10,.0f} {result['peak_gib']:>9.1f} {4 * rate:>10.0f} {6 * rate:>6.0f}"
+    row += f" {4 * rate / ceiling:>10.0%}"
+    if "experts" in result:
+        row += f"\n{'':>8} {result['experts']}; {result['trained']:,} trained parameters"
+    return row
 
 
 if __name__ == "__main__":
