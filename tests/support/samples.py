@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
+
 from mixtral_run.config.data import MIXTRAL_TEMPLATE
 from mixtral_run.train.data.cache.token_arrays import TokenArrays
 from mixtral_run.train.data.reading.example import USER, Example, Message
 from mixtral_run.train.data.samples import Samples
 from mixtral_run.train.data.templates.chat_template import ChatTemplate
+from mixtral_run.train.data.templates.encoded import EncodedExample
 from mixtral_run.train.data.templates.open_template import open_chat_template
 from tests.support.examples import conversation
 
@@ -45,3 +48,11 @@ def encode_conversation(tokenizer: Any, turns: Sequence[tuple[str, str]]) -> lis
         found.append((tokens[start:begin], tokens[begin:end]))
         start = end
     return found
+
+
+def arrays_by_hand(
+    *examples: tuple[Sequence[int], Sequence[tuple[int, int]]], rows_each: int = 1, digests: Sequence[int] = ()
+) -> TokenArrays:
+    """Return examples that are written as tokens and learned spans. rows_each: consecutive ones from one line."""
+    encoded = [EncodedExample(np.asarray(tokens, np.int32), tuple(spans)) for tokens, spans in examples]
+    return TokenArrays.of([f"line {number // rows_each + 1}" for number in range(len(examples))], encoded, digests)

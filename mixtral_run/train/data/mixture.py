@@ -29,9 +29,9 @@ def mixed_indices(counts: Sequence[int], weights: Sequence[float | None]) -> NDA
     Returns:
         The indices, int64; None if there are no weights: then an epoch is every example once.
     """
-    if not any(weight is not None for weight in weights):
+    shares = [weight for weight in weights if weight is not None]
+    if not shares:
         return None
-    shares = [weight or 0.0 for weight in weights]
     empty = [number + 1 for number, count in enumerate(counts) if not count]
     if empty:
         raise ConfigError(
@@ -65,9 +65,9 @@ def _check_size(counts: Sequence[int], shares: Sequence[float]) -> None:
 
 def describe_mixture(texts: Sequence[str], counts: Sequence[int], weights: Sequence[float | None]) -> str | None:
     """Return one line about how often each source is taken in an epoch; None without weights."""
-    if not all(weight is not None for weight in weights):
+    shares = [weight for weight in weights if weight is not None]
+    if not shares:
         return None
-    shares = [weight or 0.0 for weight in weights]
     total = max(count / share for count, share in zip(counts, shares, strict=True))
     parts = [
         f"{text}: {count:,} examples, {share / sum(shares):.1%} of the samples, each {total * share / count:,.1f} times"

@@ -156,7 +156,7 @@ def joined_row(samples: Samples, items: Sequence[int]) -> Row:
     padding = samples.seq_length - sum(lengths)
     cut = list(zip(parts, lengths, strict=True))
     if padding:
-        # An example's own row ends in at least as much padding as is left here.
+        # An example's own row has no label in as many places at its end as are left here.
         cut.append((_tail(parts[-1], padding), padding))
         lengths.append(padding)
     return Row(

@@ -252,14 +252,14 @@ class Samples:
             problems = [
                 f"{self._arrays.place(self._number(index))}: {lengths[index]:,} tokens, {prompts[index]:,} of them in "
                 "the instruction; nothing of the response is left"
-                for index in too_long[: NUM_PROBLEMS_SHOWN + 1].tolist()
+                for index in too_long[:NUM_PROBLEMS_SHOWN].tolist()
             ]
             more = [f"and {len(too_long) - NUM_PROBLEMS_SHOWN:,} more"] if len(too_long) > NUM_PROBLEMS_SHOWN else []
             raise ConfigError(
                 f"{len(too_long):,} of {len(lengths):,} examples are longer than --seq-length {self._seq_length:,} "
                 "before their response begins.",
                 where=where,
-                problems=[*problems[:NUM_PROBLEMS_SHOWN], *more],
+                problems=[*problems, *more],
                 next_command="a larger --seq-length, or shorter instructions",
             )
 

@@ -28,7 +28,7 @@ def split_by_digest(
     Raises:
         ConfigError: one of the two parts is empty.
     """
-    held_back = digests < np.uint64(min(int(fraction * 2.0**64), 2**64 - 1))
+    held_back = digests < np.uint64(int(fraction * 2.0**64))
     training, validation = np.flatnonzero(~held_back), np.flatnonzero(held_back)
     if not len(training) or not len(validation):
         raise ConfigError(
