@@ -94,6 +94,8 @@ def _manifest(url: str, token: str | None) -> tuple[bytes, str]:
 
 def _token(challenge: str, root: str) -> str:
     """Return the token that anybody gets for reading, as the registry's answer 401 says where."""
+    if not challenge.lower().startswith("bearer "):
+        raise ValueError("the registry wants a password, and a lock is made without one")
     words = dict(re.findall(r'(\w+)="([^"]*)"', challenge))
     realm = words["realm"]
     if not realm.startswith("https://") and not root.startswith("http://"):

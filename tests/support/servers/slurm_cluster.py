@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import shutil
 import signal
 import socket
 import subprocess
@@ -18,8 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixtral_run.fleet.testhosts.engine import CACHE
 from tests.support.needs import missing
+from tests.support.servers.unpacked import unpacked
 
 PACKAGES = (
     "munge", "libmunge2", "slurm-client", "slurmctld", "slurmd", "slurm-wlm-basic-plugins", "libhwloc15",
@@ -51,28 +50,13 @@ class SlurmPrograms:
 
 def slurm_programs() -> SlurmPrograms:
     """Return Slurm's programs, unpacked once into the cache. A machine that has no way to get them fails in CI."""
-    folder = CACHE / "slurm"
-    done = folder / "complete"
-    if not done.exists():
-        if not all(shutil.which(each) for each in ("apt-get", "dpkg")):
-            missing("Slurm's packages are taken from Debian or Ubuntu")
-        shutil.rmtree(folder, ignore_errors=True)
-        (folder / "debs").mkdir(parents=True)
-        words = ["apt-get", "download", *PACKAGES]
-        got = subprocess.run(words, cwd=folder / "debs", capture_output=True, text=True, check=False)
-        if got.returncode and os.geteuid() == 0:
-            # The lists of packages are missing or old.
-            subprocess.run(["apt-get", "update"], capture_output=True, check=False)
-            got = subprocess.run(words, cwd=folder / "debs", capture_output=True, text=True, check=False)
-        if got.returncode:
-            missing(f"Slurm's packages cannot be downloaded: {got.stderr.strip()[-300:]}")
-        for deb in (folder / "debs").glob("*.deb"):
-            subprocess.run(["dpkg", "-x", str(deb), str(folder / "root")], check=True)
-        for name in ("slurmctld", "slurmd", "slurmstepd"):
-            # Debian makes these links when it installs. A daemon under another name does not know what it is.
-            (folder / "root/usr/sbin" / name).symlink_to(f"{name}-wlm")
-        done.touch()
-    return SlurmPrograms(folder / "root")
+    root = unpacked("slurm", PACKAGES)
+    for name in ("slurmctld", "slurmd", "slurmstepd"):
+        # Debian makes these links when it installs. A daemon under another name does not know what it is.
+        link = root / "usr/sbin" / name
+        if not link.is_symlink():
+            link.symlink_to(f"{name}-wlm")
+    return SlurmPrograms(root)
 
 
 class SlurmCluster:
