@@ -84,7 +84,9 @@ def test_lines_of_other_results() -> None:
     [
         (2, 1, 64, "1 answer is"),
         (65, 0, 64, "0 answers are"),
+        (64, 0, 64, "0 answers are"),
         (66, 2, 128, "2 answers are"),
+        (128, 0, 128, "0 answers are"),
         (129, 0, 128, "0 answers are"),
         (130, 0, 192, "0 answers are"),
     ],
@@ -132,6 +134,12 @@ def test_what_fits_into_a_sample() -> None:
     assert (found.num_tokens, found.num_learned) == (58, 4 + 1 + 2 + 1 + 7 + 0)
     assert (found.shortest, found.median, found.longest) == (8, 9, 12)
     assert (found.advice.choices[0].num_truncated, found.advice.choices[0].num_unlearned) == (3, 2)
+    odd = count(9, (10, 9), (11, 9), (11, 10), (12, 11))
+    assert (odd.num_truncated, odd.num_unlearned, odd.num_learned) == (3, 2, 1 + 2 + 1 + 1)
+    choice = odd.advice.choices[0]
+    assert (choice.seq_length, choice.num_truncated, choice.num_unlearned) == (9, 3, 2)
+    # 36 positions have a label in four rows of 9: no padding, and four full rows.
+    assert (choice.padding, choice.num_packed_rows) == (0.0, 4)
     two_spans = check._LengthCount(8)
     two_spans.add(EncodedExample(np.zeros(20, np.int32), ((3, 5), (9, 16))))
     assert (two_spans.result().num_learned, two_spans.result().num_unlearned) == (2 + 7, 0)
@@ -205,6 +213,21 @@ def test_duplicates_and_refused_examples_are_counted(tmp_path: Any) -> None:
     assert found.to_mapping()["ok"] is False and CheckResult(("a",), 64).to_mapping()["ok"] is True
 
 
+def test_data_without_an_example_are_an_error_unless_a_problem_says_why(tmp_path: Any) -> None:
+    def encode(given: Example) -> EncodedExample:
+        raise ConfigError("Refused.")
+
+    file = tmp_path / "data.jsonl"
+    config = CheckConfig(data_path=(str(file),), seq_length=64).check()
+    file.write_text("")
+    with pytest.raises(ConfigError, match="contain no"):
+        check_data(config, None, None)
+    for text, encoder, bad in (("{\n{\n", None, 2), ('{"instruction": "a", "response": "b"}\n', encode, 1)):
+        file.write_text(text)
+        found = check_data(config, encoder, None)
+        assert (found.num_examples, found.num_bad, found.lengths, found.rendered) == (0, bad, None, [])
+
+
 def test_messages_without_tokens_are_shown_by_role() -> None:
     calls = ({"name": "f"},)
     given = Example(
@@ -222,6 +245,11 @@ def test_a_decoder_that_changes_the_text_before_gets_the_part_alone() -> None:
     texts = {(): "", (1,): "x", (1, 2): "xy", (1, 2, 3): "other", (3,): "z"}
     found = check.rendered_tokens("p", [1, 2, 3], [(1, 2)], lambda tokens: texts[tuple(tokens)])
     assert found.parts == (Part("x", False), Part("y", True), Part("z", False))
+    joined = "".join
+    several = check.rendered_tokens("p", [*"abcdef"], [(0, 1), (2, 3), (3, 5)], joined)  # type: ignore[arg-type]
+    assert [(part.text, part.learned) for part in several.parts] == [
+        ("a", True), ("b", False), ("c", True), ("de", True), ("f", False),
+    ]  # fmt: skip
     assert check.rendered_tokens("p", [1], [(0, 1)], lambda tokens: texts[tuple(tokens)]).parts == (Part("x", True),)
 
 
