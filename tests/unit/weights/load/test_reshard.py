@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mixtral_run.errors import WeightsError
+from mixtral_run.weights.load import reshard
 from mixtral_run.weights.load.read_parts import Target
 from mixtral_run.weights.load.reshard import fill
 from mixtral_run.weights.torch_dist.checkpoint_reader import Reader, TensorInfo
@@ -128,6 +129,16 @@ def test_what_only_torch_can_read_is_read_by_torch(tmp_path: Path) -> None:
     with Reader(tmp_path) as reader:
         fill(reader, [target], workers=1)
     assert target.data.tolist() == [[16.0, 17.0, 18.0], [21.0, 22.0, 23.0]]
+
+
+def test_memory_that_is_short_is_no_damage_of_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> None:
+        raise torch.OutOfMemoryError("Tried to allocate 2 GiB.")
+
+    store(tmp_path, {"m": torch.zeros(6, 5)}, {"m": [((0, 0), (6, 5))]}, transposed=True)
+    monkeypatch.setattr(reshard.FileSystemReader, "read_data", refused)
+    with Reader(tmp_path) as reader, pytest.raises(torch.OutOfMemoryError, match="2 GiB"):
+        fill(reader, [part("m", (0, 0), (2, 3))], workers=1)
 
 
 def test_chunks_that_hold_a_part_twice_and_files_that_cannot_be_read(tmp_path: Path) -> None:

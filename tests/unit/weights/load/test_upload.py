@@ -110,17 +110,21 @@ def test_a_run_is_sent_in_pieces_from_two_buffers_in_turn(
     stream.synchronize.assert_called_once_with()
 
 
-def test_columns_are_cut_and_cast_on_the_gpu(tmp_path: Path, cuda: MagicMock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Columns 1 and 2 of rows 3 to 7, three rows of 8 bytes at a time, to fp32."""
+@pytest.mark.parametrize(("first", "count"), [(1, 2), (1, 3), (2, 2)])
+def test_columns_are_cut_and_cast_on_the_gpu(
+    tmp_path: Path, cuda: MagicMock, monkeypatch: pytest.MonkeyPatch, first: int, count: int
+) -> None:
+    """Some columns of rows 3 to 7, three rows of 8 bytes at a time, to fp32."""
     monkeypatch.setattr(read_parts, "UPLOAD_BYTES", 24)
-    target = torch.full((7, 2), -1.0)
-    given = part(tmp_path, Slice("a", 3, 5, 4, 1, 2, 2), target)
+    target = torch.full((7, count), -1.0)
+    given = part(tmp_path, Slice("a", 3, 5, 4, first, count, 2), target)
     passed: list[int] = []
     assert read([given], workers=1, advance=passed.append) == [PartSum("a", 24, 40, crc_of(12, 32))]
-    assert target.tolist() == [[-1.0, -1.0]] * 2 + [[4.0 * row + 1, 4.0 * row + 2] for row in range(3, 8)]
+    columns = range(first, first + count)
+    assert target.tolist() == [[-1.0] * count] * 2 + [[4.0 * row + each for each in columns] for row in range(3, 8)]
     assert passed == [24, 16]
     assert [each for each in Played.log if each[0] in ("to", "copy")] == [
-        ("to", 24, True), ("copy", (3, 2), False), ("to", 16, True), ("copy", (2, 2), False)
+        ("to", 24, True), ("copy", (3, count), False), ("to", 16, True), ("copy", (2, count), False)
     ]  # fmt: skip
     assert cuda.Stream.return_value.synchronize.call_count == 1
 
@@ -140,6 +144,14 @@ def test_on_the_host_blocks_are_read_into_the_target_or_a_buffer(
             assert seen == passed
             rows = [[4.0 * row + column for column in range(first, first + columns)] for row in range(3, 8)]
             assert target.tolist() == [[-1.0] * columns, *rows]
+
+
+def test_files_are_closed_in_the_end(tmp_path: Path) -> None:
+    target = torch.zeros((6, 4), dtype=torch.bfloat16)
+    given = part(tmp_path, Slice("a", 3, 5, 4, 0, 4, 1), target)
+    read([Part(given.rows, given.place, given.dtype, target)], workers=2, advance=lambda _: None)
+    opened = [each.resolve() for each in Path("/proc/self/fd").iterdir()]
+    assert tmp_path / "file" not in opened
 
 
 def test_pieces_are_of_these_sizes() -> None:
