@@ -228,6 +228,14 @@ def test_data_without_an_example_are_an_error_unless_a_problem_says_why(tmp_path
         assert (found.num_examples, found.num_bad, found.lengths, found.rendered) == (0, bad, None, [])
 
 
+def test_a_result_begins_with_nothing() -> None:
+    assert CheckResult(("a",), 64).to_mapping() == {
+        "ok": True, "sources": ("a",), "seq_length": 64, "method": None, "num_examples": 0, "counts_by_shape": {},
+        "unused_keys": {}, "remarks": [], "num_trimmed": 0, "num_duplicates": 0, "duplicates": [], "num_bad": 0,
+        "problems": [], "lengths": None, "rendered": [],
+    }  # fmt: skip
+
+
 def test_messages_without_tokens_are_shown_by_role() -> None:
     calls = ({"name": "f"},)
     given = Example(
