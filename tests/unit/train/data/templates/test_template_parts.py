@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import resource
 import signal
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import AddedToken
 
 from mixtral_run.errors import ConfigError, WeightsError
 from mixtral_run.train.data.reading.example import ASSISTANT, USER, Example, Message
@@ -26,6 +28,7 @@ from mixtral_run.train.data.templates import (
 )
 from mixtral_run.train.data.templates.chat_template import ChatTemplate
 from mixtral_run.train.data.templates.encoding import content_digest
+from mixtral_run.train.data.templates.text_encoder import TextEncoder
 from mixtral_run.train.data.templates.word_cache import WordCache
 
 
@@ -305,3 +308,13 @@ def test_a_system_without_limits_renders_without_them(monkeypatch: pytest.Monkey
     with template_sandbox._bounded_memory():
         rendered = True
     assert rendered
+
+
+def test_which_added_tokens_are_control_tokens(tiny_tokenizer: Any) -> None:
+    """Those that are special, and others if the template writes them; never what is blank."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    given = (("<end>", True), (" \n", True), ("inside", False), ("outside", False), ("\t", False))
+    tokenizer.add_tokens([AddedToken(content, special=special) for content, special in given])
+    known = set(TextEncoder(tiny_tokenizer).control)
+    assert set(TextEncoder(tokenizer, "{{ 'inside' }}\t").control) == {*known, "<end>", "inside"}
+    assert set(TextEncoder(tokenizer).control) == {*known, "<end>"}
