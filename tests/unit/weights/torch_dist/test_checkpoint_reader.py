@@ -50,6 +50,14 @@ def test_any_rows_of_any_expert(folder: Path) -> None:
                         assert found.tolist() == EXPERTS[layer, expert, start:stop].tolist()
 
 
+def test_chunks_of_several_layers_and_experts(tmp_path: Path) -> None:
+    store(tmp_path, {"experts": EXPERTS}, {"experts": [((0, 0, 0, 0), (2, 2, 5, 4)), ((0, 2, 0, 0), (2, 1, 5, 4))]})
+    with Reader(tmp_path) as reader:
+        for layer in range(2):
+            for expert in range(3):
+                assert reader.rows("experts", (layer, expert), 1, 4).tolist() == EXPERTS[layer, expert, 1:4].tolist()
+
+
 def test_vectors_are_one_row_and_matrices_may_have_no_layer(folder: Path) -> None:
     with Reader(folder) as reader:
         assert reader.matrix("norms", (1,)).tolist() == [[107, 108, 109, 110, 111, 112, 113]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import zipfile
 import zlib
 from pathlib import Path
@@ -35,6 +36,12 @@ def test_torch_reads_a_framed_tensor(dtype: torch.dtype, shape: tuple[int, ...])
         assert archive.namelist() == [f"archive/{name}" for name in ("data.pkl", "byteorder", "version", "data/0")]
         assert archive.read("archive/byteorder") == b"little" and archive.read("archive/version") == b"3\n"
         assert {each.compress_type for each in archive.infolist()} == {zipfile.ZIP_STORED}
+        begin = archive.infolist()[-1].header_offset
+    # The field of the last header that fills the page says how long it is itself, without its own four bytes.
+    name_length, extra_length = struct.unpack("<HH", item[begin + 26 : begin + 30])
+    extra = item[begin + 30 + name_length : 4096]
+    assert extra[:2] == b"FB" and len(extra) == extra_length
+    assert int.from_bytes(extra[2:4], "little") == len(extra[4:]) == extra.count(b"Z")
 
 
 def test_the_largest_item() -> None:
