@@ -176,6 +176,16 @@ def test_a_template_that_does_not_fit_is_refused_in_words(chatml: Any, template:
     assert "line 7" in str(caught.value) and all(word in caught.value.problem for word in words), str(caught.value)
 
 
+def test_the_end_of_an_answer_that_stops_nothing_is_shown(chatml: Any) -> None:
+    found = open_chat_template("auto", with_template(chatml, CHATML.replace("<|im_end|>\n", "\n")))
+    with pytest.raises(ExampleProblem) as caught:
+        found.encode(Example("line 7", (Message("user", "a"), Message("assistant", "0123456789abcdefghijklmnop"))))
+    assert caught.value.problem == (
+        "the template ends an answer with '789abcdefghijklmnop\\n', which has no control token; a model would not "
+        "learn to stop"
+    )
+
+
 @pytest.mark.parametrize(
     ("template", "words"),
     [

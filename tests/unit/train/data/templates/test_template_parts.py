@@ -318,3 +318,31 @@ def test_which_added_tokens_are_control_tokens(tiny_tokenizer: Any) -> None:
     known = set(TextEncoder(tiny_tokenizer).control)
     assert set(TextEncoder(tokenizer, "{{ 'inside' }}\t").control) == {*known, "<end>", "inside"}
     assert set(TextEncoder(tokenizer).control) == {*known, "<end>"}
+
+
+def test_a_difference_is_shown_with_what_stands_around_it() -> None:
+    """12 characters before it, and from it on 24."""
+    found: Any = object.__new__(jinja_template._Conversation)
+    found._encoder = SimpleNamespace(show=lambda text: text)
+    same, one, other = "0123456789abcdefghij", "x" + "b" * 40, "y" + "c" * 40
+    with pytest.raises(ExampleProblem) as caught:
+        found._check_beginning(same + one, "the first", same + other, "the second")
+    assert caught.value.problem == (
+        "the template does not write one conversation step by step: the first has "
+        f"{'89abcdefghij' + one[:24]!r} where the second has {'89abcdefghij' + other[:24]!r} (character 21)"
+    )
+    with pytest.raises(ExampleProblem, match=r"'01234' where the second has '012' \(character 4\)"):
+        found._check_beginning("01234", "the first", "012", "the second")
+    found._check_beginning("012", "the first", "01234", "the second")
+
+
+def test_the_first_200_characters_of_an_error_of_a_template() -> None:
+    class TemplateError(Exception):
+        """What a template raises itself."""
+
+    first = "".join(chr(ord("a") + number % 26) for number in range(201))
+    assert template_sandbox._first_line(ValueError(f"{first}\nmore")) == f"ValueError: {first[:200]}"
+    assert template_sandbox._first_line(TemplateError(f"{first}\nmore")) == first[:200]
+    assert template_sandbox._first_line(TemplateError("only one turn")) == "only one turn"
+    assert template_sandbox._first_line(TemplateError()) == "TemplateError"
+    assert template_sandbox._first_line(KeyError()) == "KeyError"
