@@ -187,3 +187,16 @@ def test_the_command_line(called: list[list[str]]) -> None:
     assert done.exit_code == 0, done.output
     assert done.output.rstrip().endswith("nvidia-smi -L'")
     assert isinstance(CliRunner().invoke(root, ["shell"]).exception, ConfigError)
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_terminal_is_left_as_it_was_found(monkeypatch: pytest.MonkeyPatch, is_terminal: bool) -> None:
+    stdin = SimpleNamespace(isatty=lambda: is_terminal)
+    done: list[object] = []
+    monkeypatch.setattr(interactive.sys, "stdin", stdin)
+    monkeypatch.setattr(interactive.termios, "tcgetattr", lambda given: done.append(given is stdin) or "found")
+    monkeypatch.setattr(interactive.termios, "tcsetattr", lambda *given: done.append(given[1:]))
+    with pytest.raises(KeyError), interactive._terminal_as_found():
+        done.append("inside")
+        raise KeyError
+    assert done == ([True, "inside", (interactive.termios.TCSADRAIN, "found")] if is_terminal else ["inside"])

@@ -13,11 +13,9 @@ import pytest
 from mixtral_run.errors import ConfigError, HostError, MixtralRunError, Stopped, TrainingError
 from mixtral_run.fleet.hosts import Host, parse_host
 from mixtral_run.fleet.jobs import job_log, jobs, lost_hosts, run_on_hosts
-from mixtral_run.fleet.jobs import stop as stop_verb
 from mixtral_run.fleet.jobs.job_log import JobFollower, _HostLog, job_error
 from mixtral_run.fleet.jobs.jobs import JobRow, RunningJob, find_whole_job
 from mixtral_run.fleet.jobs.lost_hosts import HostLost, HostWatch
-from mixtral_run.fleet.jobs.stop import stop_job
 from mixtral_run.fleet.ssh.connection import Answer
 
 HOSTS = tuple(map(parse_host, ("gpu-1", "gpu-22", "gpu-3")))
@@ -336,44 +334,6 @@ def test_a_job_is_found_by_its_name_or_the_start_of_it(monkeypatch: pytest.Monke
     with pytest.raises(ConfigError) as empty:
         find_whole_job("c", HOSTS)
     assert empty.value.found == "no jobs"
-
-
-def test_the_end_of_a_stopped_job_is_told_for_each_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exit codes 130 and 143 are those of a signal, 137 of a kill; a job saves at the first two and ends with 0 too."""
-    found: list[JobRow] = [row(state="running")]
-    missing: list[HostError] = []
-    ends: list[JobRow] = []
-    said: list[str] = []
-    monkeypatch.setattr(stop_verb, "find_whole_job", lambda *_, **__: (found, missing))
-    monkeypatch.setattr(stop_verb, "stop", lambda *_: ends)
-    for code in (0, 130, 143):
-        ends[:] = [row(code=code)]
-        stop_job("job", HOSTS, said.append)
-        assert said[-2:] == ["Asking job to save and end …", f"✓ job has ended on gpu-1 (exit code {code})"]
-    said.clear()
-    ends[:] = [row(code=1), row(HOSTS[1], code=137), row(HOSTS[2], code=136)]
-    with pytest.raises(HostError, match="job has ended, but not cleanly") as caught:
-        stop_job("job", HOSTS, said.append)
-    assert said == ["Asking job to save and end …"]
-    assert caught.value.problems == (
-        "gpu-1: exit code 1; its output shows whether it saved",
-        "gpu-22: it did not end in time and was killed; unsaved work is lost",
-        "gpu-3: exit code 136; its output shows whether it saved",
-    )
-    assert caught.value.next_command == "mixtral-run logs job"
-    found[:], said[:] = [row(), row(HOSTS[1])], []
-    stop_job("job", HOSTS, said.append)
-    assert said == ["job has already ended."]
-    found[:], said[:] = [row(state="exited", num_hosts=3), row(HOSTS[1], num_hosts=3)], []
-    missing.append(HostError("gpu-3 does not answer."))
-    with pytest.raises(HostError, match="job may still run: not all its hosts answer") as caught:
-        stop_job("job", HOSTS, said.append)
-    assert (said, caught.value.expected, caught.value.found) == ([], "3 hosts", "2")
-    assert caught.value.problems == (str(missing[0]),) and caught.value.next_command == "mixtral-run stop job"
-    found[1] = row(HOSTS[1], "running", num_hosts=3)
-    with pytest.raises(HostError) as caught:
-        stop_job("job", HOSTS, said.append)
-    assert len(caught.value.problems) == 4 and said == ["Asking job to save and end …"]
 
 
 def test_a_job_is_stopped_with_time_to_save(monkeypatch: pytest.MonkeyPatch) -> None:

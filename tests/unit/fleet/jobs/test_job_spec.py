@@ -265,6 +265,7 @@ def test_jobs_on_several_hosts_get_what_nccl_needs_for_rdma() -> None:
     # The user's own setting is the last one.
     own = argv(2, environment=("NCCL_IB_HCA=mlx5_0", "NCCL_SOCKET_IFNAME=ib0"))
     assert {"NCCL_IB_HCA=mlx5_0", "NCCL_SOCKET_IFNAME=ib0"} <= set(own) and "NCCL_IB_HCA=^=mlx5_4" not in own
+    assert "A=b=c=d" in argv(1, environment=("A=b=c=d",))
     alone = argv(1)
     assert not {"/dev/infiniband", "NCCL_IB_HCA=^=mlx5_4", "--network"} & set(alone)
     assert not [word for word in alone if "SOCKET_IFNAME" in word]
