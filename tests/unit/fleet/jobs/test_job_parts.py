@@ -85,6 +85,13 @@ def test_each_line_has_the_name_of_its_host() -> None:
         ([{"row": row(code=6)}, {}], ["gpu-22"], 30, "ended with exit code 6"),
         ([{"removed": True}, {}], ["gpu-22"], 30, "has no container of the job"),
         ([{"cut_off": True}, {}], ["gpu-22"], 5, "is lost: neither this machine nor the other hosts reach it"),
+        ([{"row": row(code=6)}, {"cut_off": True}, {}], ["gpu-3"], 30, "ended with exit code 6"),
+        (
+            [{"cut_off": True}, {"row": row(code=6)}, {}],
+            ["gpu-3"],
+            5,
+            "is lost: neither this machine nor the other hosts reach it",
+        ),
         ([{"row": row(code=0)}, {}], None, 0, ""),
         ([{"lost": True}, {}], None, 0, ""),
         ([{"row": row(code=130)}, {}], None, 0, ""),
@@ -96,7 +103,7 @@ def test_each_line_has_the_name_of_its_host() -> None:
 def test_the_others_are_stopped_after_a_failure(
     monkeypatch: pytest.MonkeyPatch, logs: list[dict[str, Any]], stopped: list[str] | None, grace: int, how: str
 ) -> None:
-    found, said = follower(2)
+    found, said = follower(len(logs))
     for log, values in zip(found._logs, logs, strict=True):
         for name, value in values.items():
             setattr(log, name, value)
@@ -113,7 +120,7 @@ def test_the_others_are_stopped_after_a_failure(
     else:
         words = ("stop", "--time", str(grace), "job")
         assert asked == [(name, words, {"timeout_seconds": grace + 30}) for name in stopped]
-        assert said == [f"✗ gpu-1 {how}: stopping the job on gpu-22"]
+        assert said == [f"✗ gpu-1 {how}: stopping the job on {', '.join(stopped)}"]
 
 
 def test_the_first_end_is_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,11 +8,14 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from mixtral_run.errors import HostError
-from mixtral_run.fleet.jobs import jobs
+from mixtral_run.errors import ConfigError, HostError
+from mixtral_run.fleet.jobs import jobs, run_on_hosts
 from mixtral_run.fleet.jobs import stop as stop_verb
+from mixtral_run.fleet.jobs.job_spec import JobOptions
 from mixtral_run.fleet.jobs.jobs import JobRow
 from mixtral_run.fleet.jobs.stop import stop_job
+from mixtral_run.fleet.jobs.taking import BusyError
+from mixtral_run.fleet.ssh.connection import Answer
 from tests.unit.fleet.jobs.test_job_parts import HOSTS, row
 
 
@@ -79,3 +82,50 @@ def test_the_end_of_a_stopped_job_is_told_for_each_host(monkeypatch: pytest.Monk
     with pytest.raises(HostError) as caught:
         stop_job("job", HOSTS, said.append)
     assert len(caught.value.problems) == 4 and said == ["Asking job to save and end …"]
+
+
+@pytest.mark.parametrize(
+    ("code", "errors", "problem", "removed"),
+    [
+        (0, "a warning", None, False),
+        (75, "running other-1", "gpu-1: other-1 is running", False),
+        (76, "maintenance", "gpu-1", False),
+        (1, "first\nno such image\n", "no such image", True),
+        (74, "", "exit code 74", True),
+        (77, "", "exit code 77", True),
+    ],
+)
+def test_a_container_that_does_not_start_is_removed(
+    monkeypatch: pytest.MonkeyPatch, code: int, errors: str, problem: str | None, removed: bool
+) -> None:
+    """Exit code 75 says that another job runs, 76 that the host takes none: no container was made then."""
+    asked: list[Any] = []
+    for name in ("send_files", "container_argv", "start_argv"):
+        monkeypatch.setattr(jobs, name, lambda *_: None)
+    monkeypatch.setattr(jobs, "engine", lambda _, host, *words: asked.append((host.name, words)))
+    ssh: Any = SimpleNamespace(run=lambda *_, **__: Answer(code, "", errors))
+    spec: Any = SimpleNamespace(name="job")
+    facts: Any = None
+    if problem is None:
+        jobs.start_on(ssh, HOSTS[0], facts, spec)
+    else:
+        with pytest.raises(HostError) as caught:
+            jobs.start_on(ssh, HOSTS[0], facts, spec)
+        assert problem in str(caught.value) and isinstance(caught.value, BusyError) == (code == 75)
+        assert ("could not be started on gpu-1" in caught.value.what) == removed
+    assert asked == ([("gpu-1", ("rm", "--force", "job"))] if removed else [])
+
+
+@pytest.mark.parametrize(
+    ("least", "num_hosts", "good"), [(1, 2, True), (1, 1, False), (2, 2, False), (2, 3, True), (0, 2, False)]
+)
+def test_a_job_starts_again_on_fewer_hosts_and_on_one_at_least(least: int, num_hosts: int, good: bool) -> None:
+    options = JobOptions(min_hosts=least)
+    if good:
+        run_on_hosts._check(options, num_hosts)
+    else:
+        with pytest.raises(ConfigError, match="cannot be started again") as caught:
+            run_on_hosts._check(options, num_hosts)
+        (problem,) = caught.value.problems
+        assert problem == f"--min-hosts: expected fewer than the {num_hosts} of --on; found {least}"
+    assert (run_on_hosts.SHORTEST_SECONDS, run_on_hosts.LONGEST_SECONDS, run_on_hosts.ENDING) == (5.0, 300.0, "2m")

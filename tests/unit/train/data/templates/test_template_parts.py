@@ -325,12 +325,13 @@ def test_a_difference_is_shown_with_what_stands_around_it() -> None:
     found: Any = object.__new__(jinja_template._Conversation)
     found._encoder = SimpleNamespace(show=lambda text: text)
     same, one, other = "0123456789abcdefghij", "x" + "b" * 40, "y" + "c" * 40
-    with pytest.raises(ExampleProblem) as caught:
-        found._check_beginning(same + one, "the first", same + other, "the second")
-    assert caught.value.problem == (
-        "the template does not write one conversation step by step: the first has "
-        f"{'89abcdefghij' + one[:24]!r} where the second has {'89abcdefghij' + other[:24]!r} (character 21)"
-    )
+    for first, second in ((one, other), (other, one)):
+        with pytest.raises(ExampleProblem) as caught:
+            found._check_beginning(same + first, "the first", same + second, "the second")
+        assert caught.value.problem == (
+            "the template does not write one conversation step by step: the first has "
+            f"{'89abcdefghij' + first[:24]!r} where the second has {'89abcdefghij' + second[:24]!r} (character 21)"
+        )
     with pytest.raises(ExampleProblem, match=r"'01234' where the second has '012' \(character 4\)"):
         found._check_beginning("01234", "the first", "012", "the second")
     found._check_beginning("012", "the first", "01234", "the second")
