@@ -22,6 +22,7 @@ from mixtral_run.train.data.templates import (
     chat_template,
     encoding,
     jinja_template,
+    mixtral_form,
     prompt,
     template_sandbox,
     word_cache,
@@ -347,3 +348,12 @@ def test_the_first_200_characters_of_an_error_of_a_template() -> None:
     assert template_sandbox._first_line(TemplateError("only one turn")) == "only one turn"
     assert template_sandbox._first_line(TemplateError()) == "TemplateError"
     assert template_sandbox._first_line(KeyError()) == "KeyError"
+
+
+def test_values_that_are_no_json_are_a_problem_of_the_example() -> None:
+    circle: list[object] = []
+    circle.append(circle)
+    for value in (circle, object(), {"a": {1, 2}}, {(1, 2): 3}):
+        with pytest.raises(ExampleProblem, match="tools: not JSON: "):
+            mixtral_form._json(value)
+    assert mixtral_form._json({"ä": [1, None]}) == '{"ä": [1, null]}'
