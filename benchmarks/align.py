@@ -162,7 +162,11 @@ def run_case(model: Any, kept: list[Any], config: Any, arguments: argparse.Names
         optimizer = adapter_optimizer(model, config)
         with backward_of(model, tokens, captured=config.cuda_graphs, objective=objective_of(config)) as backward:
             step = optimizer_step(model, optimizer, config.max_norm, backward)
-            seconds = timed_steps(lambda: losses.append(step(next(stream), config.lr).loss), WARM_UP, arguments.steps)
+
+            def one() -> None:
+                losses.append(step(next(stream), config.lr).loss)
+
+            seconds = timed_steps(one, WARM_UP, arguments.steps, in_a_row=True)
             is_captured = isinstance(backward, CapturedBackward)
     for parameter in trainable(model):
         parameter.grad = None

@@ -18,6 +18,7 @@ is printed as it is measured.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -36,11 +37,24 @@ FLAGS = ("eager", "collectives", "attention-only")
 LENGTHS = "16384,32768,49152,65536,98304,131072"
 
 
-def timed_steps(step: Callable[[], object], warm_up: int, count: int) -> float:
-    """Median seconds of a step that ends with its results on the host."""
+def timed_steps(step: Callable[[], object], warm_up: int, count: int, *, in_a_row: bool = False) -> float:
+    """Median seconds of a step.
+
+    in_a_row: from the beginning of each step to that of the next, as in a run, where the host prepares a step while the
+    GPU is at the last one's optimizer. Each step must end with results on the host. Otherwise a step begins and ends
+    with an idle GPU.
+    """
     import torch
 
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    if in_a_row:
+        starts = []
+        for _ in range(warm_up + count):
+            starts.append(time.perf_counter())
+            step()
+        synchronize()
+        starts.append(time.perf_counter())
+        return statistics.median(end - begin for begin, end in itertools.pairwise(starts[warm_up:]))
     seconds = []
     for index in range(warm_up + count):
         synchronize()
@@ -131,7 +145,7 @@ def run_ours(layers: int, seq: int, micro: int, arguments: argparse.Namespace) -
             def step() -> object:
                 return train_step(model, optimizer, next(stream), 1.0, backward)
 
-            seconds = timed_steps(step, 4, arguments.steps)
+            seconds = timed_steps(step, 4, arguments.steps, in_a_row=True)
             if arguments.profile is not None:
                 # All of them take the step: they exchange.
                 write_profile(step, arguments.profile if mesh.is_first else None)

@@ -91,7 +91,7 @@ def run_case(model: Any, kept: list[Any], case: str, arguments: argparse.Namespa
         def step() -> None:
             losses.append(train_step(model, optimizer, next(stream), 1.0, backward).loss)
 
-        seconds = timed_steps(step, 3, arguments.steps)
+        seconds = timed_steps(step, 3, arguments.steps, in_a_row=not arguments.apart)
     workload = Workload(
         architecture=model.architecture,
         kernels=arguments.kernels,
@@ -123,6 +123,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--micro-batches", type=int, default=1, help="of a step; not of a packed one")
     parser.add_argument("--eager", action="store_true", help="no CUDA graph")
+    parser.add_argument("--apart", action="store_true", help="each step begins and ends with an idle GPU")
     return parser
 
 

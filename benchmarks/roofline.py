@@ -179,8 +179,12 @@ def measure(
     samples = MockSamples(model.architecture.vocab_size, seq, 1)
     stream = batches(samples, seed=1, micro_batch_size=micro, global_batch_size=micro)
     with backward_of(model, seq * micro) as backward:
-        seconds = timed_steps(lambda: train_step(model, optimizer, next(stream), 1.0, backward), 4, arguments.steps)
-        kernels = on_gpu(recorded(lambda: train_step(model, optimizer, next(stream), 1.0, backward)))
+
+        def step() -> object:
+            return train_step(model, optimizer, next(stream), 1.0, backward)
+
+        seconds = timed_steps(step, 4, arguments.steps, in_a_row=True)
+        kernels = on_gpu(recorded(step))
     for parameter in trainable(model):
         parameter.grad = None
     torch.cuda.empty_cache()

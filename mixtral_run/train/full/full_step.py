@@ -30,7 +30,7 @@ def full_step(model: MixtralModel, optimizer: ShardedAdamW, clip_grad: float, re
             model.router_counts.end_step()
         norm = optimizer.reduce_gradients()
         found = torch.cat((sum_over(total, model.mesh.data_group), norm.double().reshape(1)))
-        result = result_of(found, batch, backward.objective)
+        result = result_of(found.tolist(), batch, backward.objective)
         if refuses is not None and refuses(result.loss, result.grad_norm):
             optimizer.begin()
             return dataclasses.replace(result, taken=False)

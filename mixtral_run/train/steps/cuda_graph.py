@@ -131,7 +131,8 @@ class CapturedBackward(Backward):
         if not self._inputs:
             self._inputs = [new.to(self.model.mesh.device) for new in inputs]
         for static, new in zip(self._inputs, inputs, strict=True):
-            static.copy_(new, non_blocking=True)
+            # From other memory the driver may copy only after all that the GPU was given before.
+            static.copy_(new.pin_memory() if static.is_cuda else new, non_blocking=True)
         assert not adds or self._gradients, "existing gradients must be those that the first micro batch left"
         if adds not in self._graphs:
             self._capture(adds)

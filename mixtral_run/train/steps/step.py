@@ -180,21 +180,39 @@ def train_step(
         model.router_counts.end_step()
     sum_gradients(parameters, mesh)
     norm = gradient_norm(parameters, mesh)
-    found = torch.cat((sum_over(total, mesh.data_group), norm.double().reshape(1)))
+    read = begin_reading(torch.cat((sum_over(total, mesh.data_group), norm.double().reshape(1))))
+    result: StepResult | None = None
     if refuses is not None:
-        result = result_of(found, batch, objective)
+        result = result_of(read(), batch, objective)
         if refuses(result.loss, result.grad_norm):
             return dataclasses.replace(result, taken=False)
     if clip_grad > 0:
         factor = (clip_grad / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_([_gradient(parameter) for parameter in parameters], factor.float())
     optimizer.step()
-    return result_of(found, batch, objective)
+    # The GPU may still be at the optimizer while the host prepares the next step.
+    return result or result_of(read(), batch, objective)
 
 
-def result_of(found: Tensor, batch: GlobalBatch, objective: Objective) -> StepResult:
+def begin_reading(found: Tensor) -> Callable[[], list[float]]:
+    """Begin to copy numbers to the host. Return a function that waits for them, but not for what follows on the GPU."""
+    if not found.is_cuda:
+        return found.tolist
+    # Only a copy to pinned memory does not let the host wait here.
+    copy = torch.empty(found.shape, dtype=found.dtype, pin_memory=True).copy_(found, non_blocking=True)
+    ready = torch.cuda.current_stream(found.device).record_event()
+
+    def read() -> list[float]:
+        ready.synchronize()
+        numbers: list[float] = copy.tolist()
+        return numbers
+
+    return read
+
+
+def result_of(found: Sequence[float], batch: GlobalBatch, objective: Objective) -> StepResult:
     """Return the result of a step. found: its loss, the objective's sums, and the norm of the gradient."""
-    mean_loss, *sums, grad_norm = found.tolist()
+    mean_loss, *sums, grad_norm = found
     return StepResult(mean_loss, grad_norm, batch.num_loss_tokens, figures=objective.figures(sums))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -132,6 +133,31 @@ def test_a_gradient_of_nearly_zero_is_not_turned_round_by_clipping() -> None:
     batch = GlobalBatch((micro([1e-8], [0.0], [1.0]),), 5, 1)
     train_step(model, optimizer, batch, clip_grad=1.0)  # type: ignore[arg-type]
     assert model.weight.item() == pytest.approx(-2e-9)
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_the_host_waits_for_the_loss_behind_the_optimizer_unless_a_step_may_be_refused(
+    monkeypatch: pytest.MonkeyPatch, asks: bool
+) -> None:
+    """It waits once, for numbers that are copied before the optimizer begins."""
+    happened: list[str] = []
+
+    def begin_reading(found: Tensor) -> Callable[[], list[float]]:
+        happened.append("copied")
+
+        def read() -> list[float]:
+            happened.append("read")
+            return found.tolist()
+
+        return read
+
+    monkeypatch.setattr(module, "begin_reading", begin_reading)
+    model = Line(mesh_of())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer.register_step_pre_hook(lambda *_: happened.append("stepped"))
+    result = train_step(model, optimizer, BATCH, 0.0, refuses=(lambda *_: False) if asks else None)  # type: ignore[arg-type]
+    assert happened == (["copied", "read", "stepped"] if asks else ["copied", "stepped", "read"])
+    assert result.taken and result.loss == pytest.approx((2 * 8 + 80) / 5)
 
 
 def test_the_routers_get_the_part_of_the_loss_that_a_token_has() -> None:
