@@ -12,8 +12,9 @@ into tiles of at most 256 rows whose sizes differ by at most 8. Less than 8 rows
 expert has fewer than 128 rows.
 
 Two programs (thread blocks, one a multiprocessor) form a pair, which is a cluster. They compute the same tokens and 128
-features each; each loads half of the tokens' rows to the shared memory of both. In a program one thread loads slices of
-64 along the sum to shared memory by TMA, and two groups of four warps multiply 64 features each by all tokens.
+features each; each loads half of the tokens' rows to the shared memory of both. In a program three threads load slices
+of 64 along the sum to shared memory by TMA (one the weights, two the rows; in 8 bit one thread loads both), and two
+groups of four warps multiply 64 features each by all tokens.
 
 The number of tiles is rarely a multiple of the number of pairs. Whole tiles are assigned in rounds, sorted by size, so
 that pairs that read the same weights and rows run at the same time and find them in the L2 cache. The remaining tiles
@@ -36,13 +37,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from pathlib import Path
 from typing import Any
 
 import torch
 from cuda.bindings import driver
 from torch import Tensor
 
-from mixtral_run.model.kernels.csrc.build import checked, compiled
+from mixtral_run.model.kernels.csrc.build import CSRC, checked, compiled
 
 # These constants equal those of csrc/product_plan.cuh.
 FEATURES = 128
@@ -272,10 +274,16 @@ def _workspace(device: torch.device, pairs: int) -> tuple[Tensor, Tensor]:
 @functools.cache
 def _kernels(device: torch.device, bits: int) -> tuple[Any, Any]:
     """Return the device's kernels for untransposed and for transposed matrices, of numbers of 16 or 8 bits."""
+    return loaded(device, bits, CSRC)
+
+
+@functools.cache
+def loaded(device: torch.device, bits: int, folder: Path) -> tuple[Any, Any]:
+    """Return `_kernels` of the source in this folder."""
     with torch.cuda.device(device):
         # torch creates the device's context with its first operation there.
         torch.cuda.current_stream().synchronize()
-        module = checked(driver.cuModuleLoadData(compiled(bits)))
+        module = checked(driver.cuModuleLoadData(compiled(bits, folder)))
         kernels = [checked(driver.cuModuleGetFunction(module, name)) for name in (b"untransposed", b"transposed")]
         for kernel in kernels:
             what = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

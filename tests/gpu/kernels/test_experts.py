@@ -5,7 +5,7 @@ import torch
 
 from mixtral_run.model.kernels.grouped_mm import added_linear, grouped_linear, has_grouped_product
 from mixtral_run.model.kernels.swiglu import recomputing_backward, swiglu, swiglu_of, swiglu_with_adapter
-from tests.support.references.experts_reference import ROUTINGS, AdaptedCase, Case, reference
+from tests.support.references.experts_reference import PRODUCT_ROUTINGS, ROUTINGS, AdaptedCase, Case, reference
 
 SCALE = 2.0
 
@@ -212,9 +212,7 @@ def test_gradients_need_no_outputs(routing: tuple[int, ...], strange: int) -> No
 @pytest.mark.parametrize("depth", [64, 192, 2048])
 @pytest.mark.parametrize("with_adapter", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize(
-    "routing", [*ROUTINGS[:-1], (700, 310, 0, 414), (193, 64, 65, 192), (245, 614, 409, 696, 491, 573, 450, 614)]
-)
+@pytest.mark.parametrize("routing", PRODUCT_ROUTINGS)
 def test_our_own_product(
     routing: tuple[int, ...], transposed: bool, with_adapter: bool, depth: int, width: int
 ) -> None:

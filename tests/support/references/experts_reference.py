@@ -23,6 +23,15 @@ ROUTINGS = (
     (0, 0, 0, 0),
 )
 
+# For products that cut the rows of an expert into tiles of up to 256: of many sizes beside each other as well.
+PRODUCT_ROUTINGS = (
+    *ROUTINGS[:-1],
+    (700, 310, 0, 414),
+    (193, 64, 65, 192),
+    (245, 614, 409, 696, 491, 573, 450, 614),
+    (8, 250, 17, 130, 0, 64, 512, 39),
+)
+
 
 @dataclass(frozen=True)
 class Case:

@@ -12,24 +12,24 @@ from cuda.bindings import nvrtc
 
 from mixtral_run.model.kernels.cache import cache_folder
 
+CSRC = Path(__file__).parent
 PARTS = ("product_machine.cuh", "product_plan.cuh")
 SOURCES = ("product_registers.cuh", "product.cu")
 WGMMA = "wgmma.mma_async.sync.aligned."
 OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17")
 
 
-def source_of(bits: int) -> str:
-    """Return product.cu with all that belongs before it."""
-    csrc = Path(__file__).parent
+def source_of(bits: int, csrc: Path = CSRC) -> str:
+    """Return product.cu with all that belongs before it. csrc: that of another commit, to compare with."""
     kinds = (_multiply_add,) if bits == 16 else (_multiply_add_8_bits, _multiply_add_registers, _multiply_add_adapter)
     instructions = (kind(tokens) for kind in kinds for tokens in range(8, 257, 8))
     parts, sources = ([(csrc / name).read_text() for name in names] for names in (PARTS, SOURCES))
     return "\n".join((f"constexpr int BITS = {bits};", *parts, *instructions, *sources))
 
 
-def compiled(bits: int) -> bytes:
+def compiled(bits: int, csrc: Path = CSRC) -> bytes:
     """Return product.cu for numbers of 16 or 8 bits as machine code, from the cache or compiled and cached."""
-    source = source_of(bits)
+    source = source_of(bits, csrc)
     version = checked(nvrtc.nvrtcVersion())
     digest = hashlib.sha256(repr((source, OPTIONS, version)).encode()).hexdigest()
     cached = cache_folder() / f"product-{bits}-{digest}.cubin"

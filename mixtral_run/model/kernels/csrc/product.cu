@@ -24,21 +24,38 @@ struct Ring {
 
 // ---- loading ----
 
+// The part of every slice that a thread loads. In 16 bit three threads of different warps have one each: one alone takes about
+// as long to load a slice as the other groups to multiply it. In 8 bit they gained nothing, and one thread loads everything.
+enum Part { EVERYTHING, WEIGHTS, LARGE_BOXES, SMALL_BOXES };
+constexpr int LOADERS = EIGHT ? 1 : 3;
+
+// Loads rows in boxes of 64 and smaller ones, or only those of the given part.
+template <Part PART>
 __device__ __forceinline__ void bring_rows(const Operands& from, u32 to, u32 barrier, int column, int row, int count) {
-  while (count >= 64) {
-    bring_to_both(&from.right[0], to, barrier, column, row);
-    count -= 64, row += 64, to += 64 * ROW_BYTES;
+  if constexpr (PART == EVERYTHING) {
+    while (count >= 64) {
+      bring_to_both(&from.right[0], to, barrier, column, row);
+      count -= 64, row += 64, to += 64 * ROW_BYTES;
+    }
+  } else if constexpr (PART == LARGE_BOXES) {
+    static_assert(MOST_ATOMS * ATOM / 2 == 128, "two boxes of 64 at most");
+    if (count >= 64) bring_to_both(&from.right[0], to, barrier, column, row);
+    if (count >= 128) bring_to_both(&from.right[0], to + 64 * ROW_BYTES, barrier, column, row + 64);
+  } else {
+    row += count & ~63, to += (count & ~63) * ROW_BYTES;
   }
+  if constexpr (PART != LARGE_BOXES) {
 #pragma unroll
-  for (int size = 32, each = 1; size >= 8; size /= 2, ++each) {
-    if (count & size) {
-      bring_to_both(&from.right[each], to, barrier, column, row);
-      row += size, to += size * ROW_BYTES;
+    for (int size = 32, each = 1; size >= 8; size /= 2, ++each) {
+      if (count & size) {
+        bring_to_both(&from.right[each], to, barrier, column, row);
+        row += size, to += size * ROW_BYTES;
+      }
     }
   }
 }
 
-template <bool TRANSPOSED>
+template <bool TRANSPOSED, Part PART>
 __device__ __forceinline__ void bring_all(const Parameters& p, const Memory& memory, Work work, u32 program) {
   Ring ring;
   while (work.next(*memory.plan)) {
@@ -49,19 +66,26 @@ __device__ __forceinline__ void bring_all(const Parameters& p, const Memory& mem
       wait_for(memory.free + ring.slot * 8, ring.parity ^ 1);
       const u32 barrier = memory.full + ring.slot * 8, left = memory.left + ring.slot * LEFT_BYTES;
       const bool last = slice == p.steps;
-      // Of an 8-bit product's adapter the matrix is read by the threads that multiply.
-      const bool both = !EIGHT || !last;
-      expect(barrier, (both ? LEFT_BYTES : 0) + tile.atoms * ATOM * ROW_BYTES);
       const Operands& from = last ? p.adapter : p.base;
       const int depth = last ? 0 : slice * DEPTH, in_all = last ? p.rank : p.steps * DEPTH;
-      if (TRANSPOSED) {
-        bring(&from.left, left, barrier, depth, tile.expert * p.wide * 2 * FEATURES + feature);
-      } else if (both) {
-        bring(&from.left, left, barrier, feature, tile.expert * in_all + depth);
-        if (!EIGHT) bring(&from.left, left + LEFT_BYTES / 2, barrier, feature + 64, tile.expert * in_all + depth);
+      if constexpr (PART == EVERYTHING || PART == WEIGHTS) {
+        // Of an 8-bit product's adapter the matrix is read by the threads that multiply.
+        const bool both = !EIGHT || !last;
+        // The bytes of all parts and of both programs.
+        expect(barrier, (both ? LEFT_BYTES : 0) + tile.atoms * ATOM * ROW_BYTES);
+        if (TRANSPOSED) {
+          bring(&from.left, left, barrier, depth, tile.expert * p.wide * 2 * FEATURES + feature);
+        } else if (both) {
+          bring(&from.left, left, barrier, feature, tile.expert * in_all + depth);
+          if (!EIGHT) bring(&from.left, left + LEFT_BYTES / 2, barrier, feature + 64, tile.expert * in_all + depth);
+        }
+      } else {
+        expect(barrier, 0);
       }
-      const u32 right = memory.right + ring.slot * RIGHT_BYTES + first * ROW_BYTES;
-      bring_rows(from, right, barrier, depth, tile.row + first, behind - first);
+      if constexpr (PART != WEIGHTS) {
+        const u32 right = memory.right + ring.slot * RIGHT_BYTES + first * ROW_BYTES;
+        bring_rows<PART>(from, right, barrier, depth, tile.row + first, behind - first);
+      }
     }
   }
 }
@@ -290,7 +314,8 @@ __device__ __forceinline__ void grouped_product(const Parameters& p) {
   }
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < STAGES; ++stage) {
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(memory.full + stage * 8) : "memory");
+      // Every thread that loads arrives, so that none falls behind by a round of the ring.
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(memory.full + stage * 8), "n"(LOADERS) : "memory");
       // Every multiplying warp of both programs arrives.
       asm volatile("mbarrier.init.shared::cta.b64 [%0], 16;" ::"r"(memory.free + stage * 8) : "memory");
     }
@@ -302,7 +327,14 @@ __device__ __forceinline__ void grouped_product(const Parameters& p) {
   const int group = threadIdx.x / 128;
   if (group == GROUPS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    if (threadIdx.x == GROUPS * 128) bring_all<TRANSPOSED>(p, memory, work, program);
+    constexpr int FIRST = GROUPS * 128;
+    if constexpr (LOADERS == 1) {
+      if (threadIdx.x == FIRST) bring_all<TRANSPOSED, EVERYTHING>(p, memory, work, program);
+    } else {
+      if (threadIdx.x == FIRST) bring_all<TRANSPOSED, WEIGHTS>(p, memory, work, program);
+      else if (threadIdx.x == FIRST + 32) bring_all<TRANSPOSED, LARGE_BOXES>(p, memory, work, program);
+      else if (threadIdx.x == FIRST + 64) bring_all<TRANSPOSED, SMALL_BOXES>(p, memory, work, program);
+    }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     multiply_all<TRANSPOSED>(p, memory, work, group, program);
