@@ -22,7 +22,6 @@ options:
   sent: {description: Path of the build context or archive on the host., type: path}
 """
 
-import hashlib
 import json
 import os
 import re
@@ -129,9 +128,7 @@ class Image:
             "CONTAINER_GID": str(params["gid"]),
         }
         wheels = image_inputs.listed(self._wheel_paths())
-        inputs = self.identity = hashlib.sha256(
-            json.dumps([params["inputs"], arguments, wheels, extra], sort_keys=True).encode()
-        ).hexdigest()
+        inputs = self.identity = image_inputs.hash_of([params["inputs"], arguments, wheels, extra])
         if self._labels().get(LABEL) == inputs:
             self._remember(inputs)
             self.exit(changed=False, variant=variant)
@@ -252,12 +249,7 @@ class Image:
         try:
             with tarfile.open(params["sent"]) as context:
                 context.extractall(folder)
-            for wheel in self._wheel_paths():
-                target = os.path.join(folder, "wheelhouse", os.path.basename(wheel))
-                try:
-                    os.link(wheel, target)
-                except OSError:
-                    shutil.copyfile(wheel, target)
+            image_inputs.place(self._wheel_paths(), os.path.join(folder, "wheelhouse"))
             base = self._pulled(arguments["BASE_IMAGE"])
             argv = ["docker", "build", "--tag", self.name] + image_inputs.build_args(dict(arguments, **self.proxy))
             answer = run(argv + [folder], timeout=params["timeout_seconds"])
@@ -281,13 +273,20 @@ class Image:
                 answer = run(inspect, timeout=30)
         if answer.code:
             self._refuse_if_disk_is_full(answer)
-            self._refuse("The base image cannot be pulled", base, last_lines(answer, 4), image_inputs.remedy(answer))
+            next_step = self._base_remedy(answer, base.partition("@")[0])
+            self._refuse("The base image cannot be pulled", base, last_lines(answer, 4), next_step)
         found = image_inputs.with_digest(base, json.loads(answer.out)[0])
         earlier = self._labels().get(BASE_LABEL, found)
         if earlier != found and earlier.partition("@")[0] == found.partition("@")[0]:
             self.module.warn("{}: the base image is another one than before, under the same tag: {}, then {}. "
                              "image_base_digests pins it".format(self.params["host"], earlier, found))  # fmt: skip
         return found
+
+    def _base_remedy(self, answer, name):
+        """Return the next step after a pull of the base image that failed. name: of the image, without its digest."""
+        local = run(["docker", "image", "inspect", name], timeout=30)
+        variant = None if self.params["base_image"] else self._variant()
+        return image_inputs.base_remedy(answer, name, local, variant)
 
     def _label_image(self, folder, labels):
         """Add labels to the built image: those given, and place and hash of the bill of materials in it.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
+import shutil
 
 from .. import probe, shortfalls, space
 from ..commands import last_lines
@@ -48,13 +50,55 @@ def remedy(answer):
     )
 
 
+def repository(name):
+    """Return the repository of an image's name as the engine lists it: docker.io/library/ubuntu:24.04 gives ubuntu."""
+    folders, slash, last = name.partition("@")[0].rpartition("/")
+    found = folders + slash + last.partition(":")[0]
+    for hub in ("index.docker.io/", "docker.io/", "library/"):
+        found = found[len(hub) :] if found.startswith(hub) else found
+    return found
+
+
 def with_digest(name, image):
     """Return the name of an image with its digest. image: its entry of `docker image inspect`.
 
-    An image that comes from no registry has an ID only, which its content determines too.
+    An image can have digests of several repositories, and several of one: that of the name counts, or else the first
+    of its repository. An image that comes from no registry has an ID only, which its content determines too.
     """
-    digests = [each.partition("@")[2] for each in image.get("RepoDigests") or []]
-    return "{}@{}".format(name.partition("@")[0], digests[0] if digests else image["Id"])
+    name, _, asked = name.partition("@")
+    pairs = [each.partition("@") for each in image.get("RepoDigests") or []]
+    digests = [digest for known, _, digest in pairs if repository(known) == repository(name)]
+    return "{}@{}".format(name, asked if asked in digests else next(iter(digests), image["Id"]))
+
+
+def base_remedy(answer, name, local, variant):
+    """Return the next step after a pull of the base image that failed.
+
+    An image that was loaded from a file has another digest than the registry's, or none.
+    name: NAME:TAG, without the digest. local: the answer of `docker image inspect` to it. variant: None if
+    image_base_image names the digest, not image_base_digests or the lock.
+    """
+    if local.code:
+        return remedy(answer)
+    setting = 'image_base_digests: {{{}: ""}}'.format(variant) if variant else "image_base_image: " + name
+    return "the host has {}, which is another image or was loaded from a file: {} builds from it. Otherwise: {}".format(
+        with_digest(name, json.loads(local.out)[0]), setting, remedy(answer)
+    )
+
+
+def hash_of(values):
+    """Return the hash of values of JSON."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def place(paths, folder):
+    """Have each file in a folder: by a link, or by a copy where the folder is on another file system."""
+    for path in paths:
+        target = os.path.join(folder, os.path.basename(path))
+        try:
+            os.link(path, target)
+        except OSError:
+            shutil.copyfile(path, target)
 
 
 def digest_of(path):

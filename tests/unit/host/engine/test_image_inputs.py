@@ -146,6 +146,28 @@ def test_with_a_digest_that_image_is_the_base_or_none(engine: Engine, build: Bui
     assert "image_base_digests has no digest for cpu" in message and "imagetools inspect ubuntu:24.04" in message
 
 
+def test_a_base_image_from_a_file_that_the_lock_names_by_digest_has_its_own_next_step(
+    engine: Engine, build: Build
+) -> None:
+    engine.pull_error = "dial tcp: lookup nvcr.io: no such host"
+    lock = {"base_lock": {"ubuntu:24.04": DIGEST}}
+    message = build(**lock)["msg"]
+    assert "no such host" in message and "the host has" not in message and "image_base_digests" not in message
+    engine.images["ubuntu:24.04"] = {"Id": "sha256:10ca1", "RepoDigests": []}
+    message = build(**lock)["msg"]
+    assert f"ubuntu:24.04@{DIGEST}" in message and "no such host" in message
+    assert "the host has ubuntu:24.04@sha256:10ca1, which is another image or was loaded from a file" in message
+    assert 'image_base_digests: {cpu: ""} builds from it' in message
+    message = build(base_image=f"ubuntu:24.04@{DIGEST}")["msg"]
+    assert "image_base_image: ubuntu:24.04 builds from it" in message and "image_base_digests" not in message
+    engine.calls.clear()
+    assert build(**lock, base_digests={"cpu": ""})["changed"]
+    assert engine.arguments()["BASE_IMAGE"] == "ubuntu:24.04"
+    # Where the tag decides there is nothing else to take.
+    del engine.images["ubuntu:24.04"], engine.registry["ubuntu:24.04"]
+    assert "the host has" not in build(inputs="y")["msg"]
+
+
 @pytest.mark.parametrize(
     ("variant", "locks", "expected", "warned"),
     [
@@ -244,11 +266,11 @@ def test_a_package_with_another_hash_has_its_own_next_step() -> None:
 
 
 def test_small_parts_of_a_build(tmp_path: Path) -> None:
-    digest, other = "sha256:" + "a" * 64, "sha256:" + "b" * 64
-    image = {"RepoDigests": [f"r@{digest}", f"s@{other}"]}
-    assert image_inputs.with_digest("base:1@sha256:x", image) == f"base:1@{digest}"
+    other = "sha256:" + "b" * 64
     for none in (None, []):
         assert image_inputs.with_digest("base:1", {"RepoDigests": none, "Id": other}) == f"base:1@{other}"
+    assert image_inputs.hash_of({"b": 1, "a": 2}) == image_inputs.hash_of({"a": 2, "b": 1})
+    assert image_inputs.hash_of({"b": 1}) != image_inputs.hash_of({"b": 2})
     # SHA-256 of "abc", by FIPS 180.
     (tmp_path / "abc").write_bytes(b"abc")
     known = "sha256:ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
@@ -262,6 +284,32 @@ def test_small_parts_of_a_build(tmp_path: Path) -> None:
     argv = image_inputs.label_build("kit:1", {"b": "2", "a": "1"}, str(tmp_path / "new"))
     assert argv == ["docker", "build", "--tag", "kit:1", "--label", "a=1", "--label", "b=2", str(tmp_path / "new")]
     assert (tmp_path / "new/Dockerfile").read_text() == "FROM kit:1\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("team/base:1", 0),
+        ("localhost:5000/team/base:1", 1),
+        ("localhost:5000/team/base", 1),
+        ("localhost:5000/team/base:1@" + "sha256:" + "0" * 64, 1),
+        ("localhost:5000/team/base:1@" + "sha256:" + "3" * 64, 3),
+        ("ubuntu:24.04", 2),
+        ("docker.io/library/ubuntu:24.04", 2),
+        ("index.docker.io/library/ubuntu", 2),
+        ("library/ubuntu:24.04", 2),
+        ("docker.io/team/base:1", 0),
+        ("quay.io/library/ubuntu:24.04", None),
+        ("base:1", None),
+        ("localhost:5000/team/base-2:1", None),
+    ],
+)
+def test_the_digest_of_a_name_is_that_of_its_own_repository(name: str, place: int | None) -> None:
+    repositories = ("team/base", "localhost:5000/team/base", "ubuntu", "localhost:5000/team/base")
+    digests = ["sha256:" + str(number) * 64 for number in range(4)]
+    image = {"Id": MOVED, "RepoDigests": [f"{a}@{b}" for a, b in zip(repositories, digests, strict=True)]}
+    expected = MOVED if place is None else digests[place]
+    assert image_inputs.with_digest(name, image) == f"{name.partition('@')[0]}@{expected}"
 
 
 @pytest.mark.parametrize(
