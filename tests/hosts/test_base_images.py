@@ -1,6 +1,6 @@
 """`make lock --base-images` against a real registry: its digests are what a pull by digest gets, and nothing else is.
 
-A build from such a digest is in tests/unit/host/engine/test_image_inputs.py, where a stand-in is the engine.
+A build from such a digest is in roles/image/molecule/image/side_effect.yml, with this code and an engine.
 """
 
 from __future__ import annotations

@@ -26,8 +26,9 @@ SCENARIO_SECONDS = 1500
 # Files that run the scenarios. If one of them changes, all scenarios run again.
 HARNESS = tuple(
     str(place.relative_to(ROOT))
-    for place in (Path(testhosts.__file__).parent, Path(__file__), Path(scenario_results.__file__))
-)
+    for place in (Path(testhosts.__file__).parent, Path(__file__), Path(scenario_results.__file__),
+                  ROOT / "tests/base_images.py")
+)  # fmt: skip
 
 
 def test_no_scenario_is_left_out() -> None:

@@ -286,6 +286,22 @@ def test_small_parts_of_a_build(tmp_path: Path) -> None:
     assert (tmp_path / "new/Dockerfile").read_text() == "FROM kit:1\n"
 
 
+def test_files_are_linked_or_copied_where_no_link_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "abc").write_bytes(b"abc")
+    for folder in ("same", "other"):
+        (tmp_path / folder).mkdir()
+    image_inputs.place([str(tmp_path / "abc")], str(tmp_path / "same"))
+    assert (tmp_path / "same/abc").samefile(tmp_path / "abc")
+
+    def refuse(*_: object) -> None:
+        raise OSError("another file system")
+
+    monkeypatch.setattr(image_inputs.os, "link", refuse)
+    image_inputs.place([str(tmp_path / "abc")], str(tmp_path / "other"))
+    assert not (tmp_path / "other/abc").samefile(tmp_path / "abc")
+    assert (tmp_path / "other/abc").read_bytes() == b"abc"
+
+
 @pytest.mark.parametrize(
     ("name", "place"),
     [
