@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from mixtral_run.config.verbs.training import RUNS_AGAIN
+from mixtral_run.config.recompute import RUNS_AGAIN
 from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.attention.attention import Attention, AttentionInputs
 from mixtral_run.model.dispatch.base import TokenDispatcher

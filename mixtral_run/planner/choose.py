@@ -11,9 +11,10 @@ from typing import Any, TypeVar, cast
 from mixtral_run.config.fields import SETTINGS_ERROR
 from mixtral_run.config.launch import CONVERTED_LAYOUT, LaunchConfig
 from mixtral_run.config.lora import LORA_SHAPE
+from mixtral_run.config.recompute import RECOMPUTE, RUNS_AGAIN
 from mixtral_run.config.verbs.generate import InferenceConfig
 from mixtral_run.config.verbs.pretrain import PretrainConfig
-from mixtral_run.config.verbs.training import RECOMPUTE, RUNS_AGAIN, FinetuneConfig, TrainingConfig
+from mixtral_run.config.verbs.training import FinetuneConfig, TrainingConfig
 from mixtral_run.errors import ConfigError, WeightsError
 from mixtral_run.launch import processes
 from mixtral_run.planner.available import AvailableGpu, available_gpu, host_memory

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mixtral_run.config.verbs.training import RUNS_AGAIN
+from mixtral_run.config.recompute import RUNS_AGAIN
 from mixtral_run.planner.memory_model import (
     ANOTHER_GROUP,
     USABLE,

@@ -11,10 +11,10 @@ import math
 
 from mixtral_run.config.context import MOST_LOGITS
 from mixtral_run.config.lora import has_frozen_start, module_rank, shares_expert_adapters
-from mixtral_run.config.verbs.training import RUNS_AGAIN
+from mixtral_run.config.recompute import RUNS_AGAIN
 from mixtral_run.model.dispatch import capacity
 from mixtral_run.planner import policy
-from mixtral_run.planner.workload import GIB, Layout, Memory, Workload
+from mixtral_run.planner.workload import GIB, Layout, Memory, Workload, adapter_parameters, trained_also_parameters
 
 CONTEXT = 0.6 * GIB
 """CUDA context, kernel code and cuBLAS, which torch does not count."""
@@ -201,32 +201,6 @@ def _attention_in_8_bit(workload: Workload, layout: Layout) -> float:
     weights = shape.hidden_size * (shape.num_layers * (rows + columns) + vocabulary)
     sides = shape.num_layers * (rows + columns + 2 * shape.hidden_size) + vocabulary + shape.hidden_size
     return weights * (2 - workload.weight_bytes) + 4 * sides
-
-
-def adapter_parameters(workload: Workload, layout: Layout) -> float:
-    """Return the number of adapter parameters on one GPU (split: model/adapters/lora.py, model/experts.py)."""
-    shape, tp = workload.architecture, layout.tensor_model_parallel_size
-    hidden, ffn, ep = shape.hidden_size, shape.ffn_hidden_size, layout.expert_model_parallel_size
-    experts = 1 if shares_expert_adapters(workload) else shape.num_experts / ep
-    sizes = {
-        "linear_qkv": hidden + shape.qkv_size / tp,
-        "linear_proj": shape.projection_size / tp + hidden,
-        "linear_fc1": experts * (hidden + 2 * ffn),
-        "linear_fc2": experts * (ffn + hidden),
-    }
-    return shape.num_layers * sum(module_rank(workload, name) * sizes[name] for name in workload.lora_target_modules)
-
-
-def trained_also_parameters(workload: Workload, layout: Layout) -> float:
-    """Return the number of the base's weights on one GPU that are trained with the adapters.
-
-    TP splits those that have a row for each token of the vocabulary.
-    """
-    shape, also = workload.architecture, workload.train_also
-    split = [each for each in also if each in ("embeddings", "lm_head")]
-    whole = [each for each in also if each not in split]
-    padded = shape.padded_vocab_size(layout.tensor_model_parallel_size) / shape.vocab_size
-    return shape.num_trained_also(split) * padded / layout.tensor_model_parallel_size + shape.num_trained_also(whole)
 
 
 def activation_bytes_per_token(workload: Workload, layout: Layout) -> float:

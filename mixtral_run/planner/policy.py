@@ -18,7 +18,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from mixtral_run.config.verbs.training import RUNS_AGAIN
+from mixtral_run.config.recompute import RUNS_AGAIN
 from mixtral_run.model.dispatch import capacity
 from mixtral_run.model.kernels.requirements import (
     EIGHT_BIT_CAPABILITY,

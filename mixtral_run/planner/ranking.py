@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from mixtral_run.config.context import EXPERT_CHUNK_TOKENS, row_multiple
-from mixtral_run.config.verbs.training import RECOMPUTE, RUNS_AGAIN
+from mixtral_run.config.recompute import RECOMPUTE, RUNS_AGAIN
 from mixtral_run.model.kernels.requirements import EIGHT_BIT_ALIGNMENT, attention_problems
 from mixtral_run.planner.memory_model import USABLE, USABLE_OF_HOST, execution, fit_dispatch, host_bytes, memory
 from mixtral_run.planner.workload import Layout, Memory, Workload

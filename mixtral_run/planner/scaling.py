@@ -13,8 +13,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from mixtral_run.config.lora import shares_expert_adapters
-from mixtral_run.planner.memory_model import adapter_parameters, trained_also_parameters
-from mixtral_run.planner.workload import Layout, Workload
+from mixtral_run.planner.workload import Layout, Workload, adapter_parameters, trained_also_parameters
 
 GRADIENT_BYTES = 4
 """Gradients of adapters are fp32."""

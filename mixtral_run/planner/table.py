@@ -91,8 +91,11 @@ def show_plan(config: PlanConfig) -> None:
             Report().say("full/4: recompute full, experts in 4 chunks of the tokens (--expert-chunks 4)")
         if any(each.layout.recompute == "except-attention" for each in shown):
             Report().say("except: recompute except-attention")
-        if any(each.layout.recompute_layers is not None for each in shown):
-            Report().say("full×9: the first 9 layers full, the others selective (--recompute-layers 9)")
+        if mixed := [each.layout for each in shown if each.layout.recompute_layers is not None]:
+            first, number = mixed[0], mixed[0].recompute_layers
+            Report().say(
+                f"{first.recompute_cell}: {number} layers so, the others selective (--recompute-layers {number})"
+            )
         _report_best(config, workload, gpu, choices[0])
         if config.hosts > 1 and choices[0].fits:
             show_scaling(config, workload, choices[0])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from mixtral_run.config.gpus import GPUS_PER_HOST, HOPPER
 from mixtral_run.config.launch import layout_name
-from mixtral_run.config.lora import LORA_TARGET_MODULES
+from mixtral_run.config.lora import LORA_TARGET_MODULES, module_rank, shares_expert_adapters
 from mixtral_run.model.architecture import MIXTRAL_8X7B, MixtralArchitecture
 
 GIB = 1024**3
@@ -145,3 +145,29 @@ class Memory:
     def allocated(self) -> float:
         """The bytes that torch counts: all but the context, which the driver and NCCL hold."""
         return self.total - self.context
+
+
+def adapter_parameters(workload: Workload, layout: Layout) -> float:
+    """Return the number of adapter parameters on one GPU (split: model/adapters/lora.py, model/experts.py)."""
+    shape, tp = workload.architecture, layout.tensor_model_parallel_size
+    hidden, ffn, ep = shape.hidden_size, shape.ffn_hidden_size, layout.expert_model_parallel_size
+    experts = 1 if shares_expert_adapters(workload) else shape.num_experts / ep
+    sizes = {
+        "linear_qkv": hidden + shape.qkv_size / tp,
+        "linear_proj": shape.projection_size / tp + hidden,
+        "linear_fc1": experts * (hidden + 2 * ffn),
+        "linear_fc2": experts * (ffn + hidden),
+    }
+    return shape.num_layers * sum(module_rank(workload, name) * sizes[name] for name in workload.lora_target_modules)
+
+
+def trained_also_parameters(workload: Workload, layout: Layout) -> float:
+    """Return the number of the base's weights on one GPU that are trained with the adapters.
+
+    TP splits those that have a row for each token of the vocabulary.
+    """
+    shape, also = workload.architecture, workload.train_also
+    split = [each for each in also if each in ("embeddings", "lm_head")]
+    whole = [each for each in also if each not in split]
+    padded = shape.padded_vocab_size(layout.tensor_model_parallel_size) / shape.vocab_size
+    return shape.num_trained_also(split) * padded / layout.tensor_model_parallel_size + shape.num_trained_also(whole)

@@ -115,6 +115,7 @@ def _tiles(summary: dict[str, Any]) -> str:
         f"base in {with_former('base_precision', str(summary.get('base_precision')), former)}, "
         + (f"attention in {attention}, " if "fp8" in attention else "")
         + f"recompute {summary.get('recompute')}"
+        + (f" in {again} layers" if (again := int(number(summary.get("recompute_layers")) or 0)) else "")
         + (f", experts in {chunks} chunks" if chunks > 1 else "")
     )
     return f'<div class="tiles">{tiles}</div>\n<p class="quiet">{escaped(layout)}</p>'

@@ -27,3 +27,11 @@ def length_problems(flag: str, length: int, base: BaseDescription) -> list[str]:
         "to all earlier tokens. If the model was trained without a window, as Mistral AI's were, set sliding_window in "
         f"config.json to null{again}"
     ]
+
+
+def recompute_problems(layers: int | None, base: BaseDescription) -> list[str]:
+    """Return the reason why --recompute-layers cannot be meant for this model. layers: None for all of them."""
+    most = base.architecture.num_layers
+    if layers is None or layers <= most:
+        return []
+    return [f"--recompute-layers {layers}: expected at most {most}, the layers of the model"]

@@ -30,7 +30,7 @@ from mixtral_run.train.data.reading.prompts import read_prompts
 from mixtral_run.train.data.samples import batch_size_problems
 from mixtral_run.train.data.sources import TrainingData, open_data
 from mixtral_run.train.data.templates.open_template import file_problems
-from mixtral_run.train.model_limits import length_problems, report_notes
+from mixtral_run.train.model_limits import length_problems, recompute_problems, report_notes
 from mixtral_run.train.outcome.log_to import logger_problems
 from mixtral_run.weights.adapter.given_adapter import describe_given_adapter
 from mixtral_run.weights.hf.hub import HubModel, with_models_here
@@ -141,6 +141,7 @@ def _errors(
     if base is not None:
         problems += layout_problems(config, base)
         problems += length_problems("--seq-length", config.seq_length, base)
+        problems += recompute_problems(config.recompute_layers, base)
         problems += start_problems(config, base) if isinstance(config, FinetuneConfig) else []
     for setting in DATA_SETTINGS if reads_data else ():
         texts = getattr(config, setting, ())

@@ -156,6 +156,7 @@ def report_end(run: Run, config: RunConfig, outcome: Outcome, ending: Ending, nu
         best=run.best,
         stopped_early=is_over and done < config.iterations,
         expert_chunks=config.expert_chunks or 1 if isinstance(config, FinetuneConfig) else 1,
+        recompute_layers=config.recompute_layers,
     )
     if run.mesh.is_first:
         outcome.end(summary, num_retaken)

@@ -73,7 +73,7 @@ class Summary:
         epochs: of --epochs; None if --train-iters was given.
         best_iteration, best_validation_loss: of the lowest validation loss, iterations before a --resume included.
         stopped_early: True if --early-stopping-patience ended the run.
-        expert_chunks: of --expert-chunks or the planner.
+        expert_chunks, recompute_layers: of the settings or the planner; the latter is None for all layers.
     """
 
     iterations: int
@@ -100,6 +100,7 @@ class Summary:
     best_validation_loss: float | None
     stopped_early: bool
     expert_chunks: int = 1
+    recompute_layers: int | None = None
 
     def line(self, processor: str) -> str:
         """Return a line to print. processor: 'GPU' or 'process'."""
@@ -127,6 +128,7 @@ def summarize(
     best: BestLoss,
     stopped_early: bool,
     expert_chunks: int = 1,
+    recompute_layers: int | None = None,
 ) -> Summary:
     """Return the summary of the meter's measurements, the same on every rank. All ranks must call."""
     peaks: list[float | None] = [None] * mesh.world_size
@@ -158,4 +160,5 @@ def summarize(
         best_validation_loss=best.best_loss if best.best_iteration is not None else None,
         stopped_early=stopped_early,
         expert_chunks=expert_chunks,
+        recompute_layers=recompute_layers,
     )

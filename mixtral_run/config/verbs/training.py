@@ -13,24 +13,18 @@ from mixtral_run.config.fields import DATA, LAYOUT, LORA, MEMORY, OPTIMIZER, OUT
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.lora import LoraConfig
 from mixtral_run.config.precision import BASE_PRECISIONS, QUANTIZED_CACHE_MODES, AttentionPrecisionConfig
+from mixtral_run.config.recompute import RUNS_AGAIN, RecomputeConfig
 from mixtral_run.config.schedule import ScheduleConfig
 
 LOGGERS = ("wandb", "mlflow")
 """Services that --log-to names."""
-
-RECOMPUTE = ("none", "selective", "except-attention", "full", "offload")
-"""Parts of a layer that the backward pass recomputes, from least to most. offload recomputes as much as full, and keeps
-the inputs of the layers in host memory."""
-
-RUNS_AGAIN = ("full", "except-attention", "offload")
-"""The values of RECOMPUTE that run a layer again. The first is the default where one of them is needed."""
 
 RESUME_MODES = ("yes", "auto")
 """Values of --resume; without a value it is yes."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig(ScheduleConfig, DataConfig, LaunchConfig):
+class TrainingConfig(RecomputeConfig, ScheduleConfig, DataConfig, LaunchConfig):
     """Base model, data and optimizer of a training run."""
 
     load: Path = setting(
@@ -58,34 +52,11 @@ class TrainingConfig(ScheduleConfig, DataConfig, LaunchConfig):
     clip_grad: float | None = setting(
         1.0, help="Largest norm of the gradient. 0 turns clipping off.", minimum=0, section=OPTIMIZER
     )
-    recompute: str | None = setting(
-        None,
-        help="Activations that the backward pass recomputes. selective: those of norms, SwiGLU and permutation. full: "
-        "the layer runs again. except-attention: the layer runs again except attention, whose results are kept. "
-        "offload: as full, with the inputs of the layers in host memory. Default: on GPUs, for LoRA and AdamW, the "
-        "least that fits by the plan, else none.",
-        choices=RECOMPUTE,
-        section=MEMORY,
-    )
-    recompute_layers: int | None = setting(
-        None,
-        help="Number of layers, from the first, that run again. Those after them recompute as with --recompute "
-        "selective, which is faster and takes more memory. Needs --recompute full, except-attention or offload. "
-        "Default: all, or what the planner chooses without --recompute.",
-        minimum=1,
-        section=MEMORY,
-    )
-    recompute_activations: bool = setting(False, help="The same as --recompute full.", section=MEMORY)
     cuda_graphs: bool = setting(
         True,
         help="On GPUs: capture the forward and backward pass of a micro batch as a CUDA graph if that is faster.",
         section=MEMORY,
     )
-
-    @property
-    def recomputation(self) -> str:
-        """One of RECOMPUTE; none if neither setting was given."""
-        return "full" if self.recompute_activations else self.recompute or "none"
 
     @property
     def rows_per_sample(self) -> int:
@@ -99,13 +70,6 @@ class TrainingConfig(ScheduleConfig, DataConfig, LaunchConfig):
 
     def problems(self) -> list[str]:
         found = super().problems()
-        if self.recompute_activations and self.recompute not in (None, "full"):
-            found.append(f"--recompute-activations: the same as --recompute full; found --recompute {self.recompute}")
-        if self.recompute_layers is not None and self.recomputation not in RUNS_AGAIN:
-            found.append(
-                f"--recompute-layers: expected --recompute full, except-attention or offload with it, which run layers "
-                f"again; found --recompute {self.recomputation}"
-            )
         if self.epochs is not None and self.mock_data:
             found.append("--epochs: expected --data-path; found --mock-data, which has no end")
         tp, cp = self.tensor_model_parallel_size, self.context_size

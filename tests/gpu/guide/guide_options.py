@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.make_mixtral import add_size_options
-from mixtral_run.config.verbs.training import BASE_PRECISIONS, RECOMPUTE
+from mixtral_run.config.precision import BASE_PRECISIONS
+from mixtral_run.config.recompute import RECOMPUTE
 
 STEPS = ("convert", "mock", "real", "generate", "export", "smoke")
 

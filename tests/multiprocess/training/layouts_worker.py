@@ -16,7 +16,8 @@ from unittest.mock import patch
 
 import torch
 
-from mixtral_run.config.verbs.training import RECOMPUTE, FinetuneConfig
+from mixtral_run.config.recompute import RECOMPUTE
+from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.inference.continuation import Sampling, continue_rows
 from mixtral_run.inference.decode import FixedShapeDecoding
 from mixtral_run.model.adapters.lora_settings import LoraSettings

@@ -139,10 +139,10 @@ def test_some_layers_run_again_only_where_layers_do(recompute: str) -> None:
     given: dict[str, Any] = {"load": Path("b"), "save": Path("s"), "mock_data": True}
     assert FinetuneConfig(**given, recompute=recompute, recompute_layers=3).problems() == []
     assert FinetuneConfig(**given, recompute_activations=True, recompute_layers=3).problems() == []
-    for others, found in (({"recompute": "selective"}, "selective"), ({}, "none")):
+    for others, found in (({"recompute": "selective"}, "--recompute selective"), ({}, "no --recompute")):
         (problem,) = FinetuneConfig(**given, **others, recompute_layers=3).problems()
         assert problem.startswith("--recompute-layers: expected --recompute full, except-attention or offload with it")
-        assert problem.endswith(f"found --recompute {found}")
+        assert problem.endswith(f"; found {found}")
     (problem,) = FinetuneConfig(**given, recompute=recompute, recompute_layers=3, expert_chunks=2).problems()
     assert problem.startswith("--recompute-layers: expected without --expert-chunks")
     assert FinetuneConfig(**given, recompute=recompute, expert_chunks=2).problems() == []

@@ -11,12 +11,11 @@ import pytest
 from click.testing import CliRunner
 
 from mixtral_run.cli.main import root
+from mixtral_run.config.recompute import RECOMPUTE
 from mixtral_run.config.verbs.plan import PlanConfig
-from mixtral_run.config.verbs.training import RECOMPUTE
 from mixtral_run.errors import ConfigError
 from mixtral_run.planner.memory_model import (
     USABLE,
-    adapter_parameters,
     execution,
     fit_dispatch,
     memory,
@@ -26,7 +25,7 @@ from mixtral_run.planner.memory_model import (
 from mixtral_run.planner.policy import Dispatch
 from mixtral_run.planner.ranking import best, layouts, ranked, rate_by_tokens
 from mixtral_run.planner.table import show_plan
-from mixtral_run.planner.workload import GIB, Layout, Workload
+from mixtral_run.planner.workload import GIB, Layout, Workload, adapter_parameters
 
 H200_GIB = 139.8
 

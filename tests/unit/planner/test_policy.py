@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from mixtral_run.cli.main import root
 from mixtral_run.config.gpus import GPU_MODELS, HOPPER
 from mixtral_run.config.lora import LORA_TARGET_MODULES
-from mixtral_run.config.verbs.training import RECOMPUTE
+from mixtral_run.config.recompute import RECOMPUTE
 from mixtral_run.inference.decode import CapturedDecoding, Decoding, decoding_of
 from mixtral_run.model.adapters.lora import LoraSettings
 from mixtral_run.model.kernels.requirements import KernelSet, attention_problems, kernel_problems, kernel_set_of

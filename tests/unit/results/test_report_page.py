@@ -66,6 +66,12 @@ def test_attention_in_8_bit_is_named(tmp_path: Path) -> None:
         assert [shown in each.text for each in page.all("p")].count(True) == 1
 
 
+@pytest.mark.parametrize(("layers", "shown"), [(None, "recompute full"), (9, "recompute full in 9 layers")])
+def test_the_number_of_layers_that_run_again_is_named(tmp_path: Path, layers: int | None, shown: str) -> None:
+    page = page_of(tmp_path, summary(recompute="full", recompute_layers=layers))
+    assert [each.text.endswith(shown) for each in page.all("p")].count(True) == 1
+
+
 def test_what_a_resumed_run_changed_is_named(tmp_path: Path) -> None:
     former = [{"iteration": 2, "settings": {"attention_precision": "fp8", "beta": 0.1}}]
     values = summary(base_precision="nf4", attention_precision="bf16", recompute="none", former_settings=former)

@@ -17,6 +17,7 @@ from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.model.parallel.mesh import open_mesh
 from mixtral_run.train import preflight
+from mixtral_run.train.model_limits import recompute_problems
 from mixtral_run.train.preflight import adapter_bytes, check_resume, output_problems, start_problems
 from mixtral_run.train.run_checkpoints import changed_order, remove_leftovers
 from mixtral_run.weights.manifest.describe import AdapterDescription, BaseDescription
@@ -52,6 +53,12 @@ def test_nothing_of_a_complete_adapter_is_removed(tmp_path: Path) -> None:
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("5")
     remove_leftovers(tmp_path)
     assert (tmp_path / "metrics.jsonl").exists()
+
+
+def test_more_layers_than_the_model_has_are_refused() -> None:
+    base = BaseDescription(Path("base"), MIXTRAL_8X7B, "bfloat16", "")
+    assert [recompute_problems(layers, base) for layers in (None, 1, 32)] == [[], [], []]
+    assert recompute_problems(33, base) == ["--recompute-layers 33: expected at most 32, the layers of the model"]
 
 
 @pytest.mark.parametrize("kernels", ["portable", "hopper"])
