@@ -83,7 +83,7 @@ class JinjaTemplate(ChatTemplate):
             elif stop is None and number == len(spans):
                 # Only the last one: an answer may have several blocks.
                 last = 0
-            if last == 0:
+            if not last:
                 raise ExampleProblem(
                     f"the template ends an answer with {whole.text[:end][-20:]!r}, which has no control token; a model "
                     "would not learn to stop"
@@ -248,6 +248,6 @@ def _tokens_of(begin: int, end: int, places: list[Span]) -> Span:
     """Return the first token that holds a character of [begin, end), and the last one plus 1."""
     first = bisect_right(places, begin, key=lambda place: place[1])
     # A blank that SentencePiece adds may be a token without a character of its own.
-    while first > 0 and places[first - 1][0] >= begin:
+    while first and places[first - 1][0] >= begin:
         first -= 1
     return first, bisect_left(places, end, key=lambda place: place[0])

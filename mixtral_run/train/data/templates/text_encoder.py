@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from functools import cached_property
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from mixtral_run.errors import WeightsError
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 # Planes 15 and 16 of Unicode are for private use. A stand-in is as long as the token's text, so that places in a text
 # stay the same: one character that names the token, and filling.
 _TOKEN, _TEXT, _FILLING = 0xF0000, 0x100000, "\ufdd0"
+_NOTHING = "(?!)"
+"""A pattern that no text matches."""
 
 
 class TextEncoder:
@@ -55,11 +58,12 @@ class TextEncoder:
             if (token.special or token.content in template) and token.content.strip()
         }
         self._added = {int(number): token.content for number, token in tokenizer.added_tokens_decoder.items()}
-        self._names = list(self.control)
-        self._places = {name: place for place, name in enumerate(self._names)}
-        longest_first = sorted(self._names, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        self._hidden = re.compile(f"[{chr(_TEXT)}-{chr(_TEXT + max(0, len(self._names) - 1))}]{_FILLING}*")
+        self._in_text = dict(zip(self.control, map(chr, count(_TEXT)), strict=False))
+        self._in_tokens = dict(zip(self.control, map(chr, count(_TOKEN)), strict=False))
+        self._shown = {character: name for name, character in self._in_text.items()}
+        longest_first = sorted(self.control, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or _NOTHING)
+        self._hidden = re.compile(f"(?:{'|'.join(self._shown) or _NOTHING}){_FILLING}*")
         self._as_text, self._ids = self._tokenizer_with_stand_ins()
 
     @cached_property
@@ -73,7 +77,7 @@ class TextEncoder:
     @cached_property
     def _not_by_words(self) -> re.Pattern[str]:
         """A pattern of texts with stand-ins, surrogates, or added tokens that are not control tokens."""
-        others = [re.escape(content) for content in self._added.values() if content and content not in self._places]
+        others = [re.escape(content) for content in self._added.values() if content and content not in self.control]
         return re.compile("|".join(["[\ud800-\udfff\U000f0000-\U0010ffff]", *others]))
 
     def text_ids(self, text: str) -> list[int]:
@@ -100,7 +104,7 @@ class TextEncoder:
 
     def show(self, text: str) -> str:
         """Undo `hide`."""
-        return self._hidden.sub(lambda found: self._names[ord(found[0][0]) - _TEXT], text)
+        return self._hidden.sub(lambda found: self._shown[found[0][0]], text)
 
     def encode(self, text: str, *, hidden: bool) -> tuple[list[int], list[tuple[int, int]]]:
         """Return ids and the places [begin, end) of the tokens in `text`.
@@ -111,10 +115,10 @@ class TextEncoder:
         if not hidden:
             encoding = _encoded(self._plain, text)
             return encoding.ids, encoding.offsets
-        marked, count = self._pattern.subn(lambda found: self._stand_in_of_token(found[0]), text)
+        marked, num_tokens = self._pattern.subn(lambda found: self._stand_in_of_token(found[0]), text)
         encoding = _encoded(self._as_text, self.show(marked))
         ids: list[int] = encoding.ids
-        if sum(number in self._stand_in_ids for number in ids) != count:
+        if sum(number in self._stand_in_ids for number in ids) != num_tokens:
             # As with `normalized: true`, with which a token is found at the begin of a word only.
             raise ExampleProblem("a text contains a control token, and the tokenizer does not find all those around it")
         return [self._ids.get(number, number) for number in ids], encoding.offsets
@@ -124,10 +128,10 @@ class TextEncoder:
         return self._added.get(number) == text.strip()
 
     def _stand_in_of_text(self, name: str) -> str:
-        return chr(_TEXT + self._places[name]) + _FILLING * (len(name) - 1)
+        return self._in_text[name] + _FILLING * (len(name) - 1)
 
     def _stand_in_of_token(self, name: str) -> str:
-        return chr(_TOKEN + self._places[name]) + _FILLING * (len(name) - 1)
+        return self._in_tokens[name] + _FILLING * (len(name) - 1)
 
     def _tokenizer_with_stand_ins(self) -> tuple[Tokenizer, dict[int, int]]:
         """Return a copy in which stand-ins take the place of control tokens, and the ids that its other ids stand for.
@@ -137,13 +141,13 @@ class TextEncoder:
         values: dict[str, Any] = json.loads(self.definition)
         numbers = {}
         for token in values.get("added_tokens", ()):
-            if token["content"] in self._places:
+            if token["content"] in self.control:
                 token["content"] = self._stand_in_of_token(token["content"])
             numbers[token["content"]] = token["id"]
         # The post-processor refers to control tokens by their texts, and is not used.
         values["post_processor"] = None
         copy = _copied(json.dumps(values))
-        self._stand_in_ids = {copy.token_to_id(self._stand_in_of_token(name)) for name in self._names}
+        self._stand_in_ids = {copy.token_to_id(self._stand_in_of_token(name)) for name in self.control}
         found = {copy.token_to_id(text): number for text, number in numbers.items()}
         return copy, {copied: number for copied, number in found.items() if copied not in (None, number)}
 

@@ -42,6 +42,9 @@ from mixtral_run.train.data.templates.word_cache import WordCache
         ([(1, 4), (3, 5)], ((1, 5),)),
         ([(1, 9), (3, 5), (8, 10)], ((1, 10),)),
         ([(1, 3), (1, 3)], ((1, 3),)),
+        ([(1, 3), (4, 8), (6, 9)], ((1, 3), (4, 9))),
+        ([(1, 3), (4, 9), (5, 6)], ((1, 3), (4, 9))),
+        ([(1, 2), (3, 5), (6, 9), (7, 8), (9, 10)], ((1, 2), (3, 5), (6, 9), (9, 10))),
     ],
 )
 def test_each_token_counts_once(spans: Any, expected: Any) -> None:
@@ -75,13 +78,16 @@ def conversation(*contents: str, learned: bool = True) -> Example:
 def test_learned_tokens_have_one_before_them() -> None:
     """The first token of a row is no label. Of a plain text all others are learned, with the end of the text."""
     assert Played([(0, 2), (3, 4), (2, 2)]).encode(conversation("a", "b")).learned == ((1, 2), (3, 4))
-    for spans in ([(0, 1)], [(2, 2)], []):
+    for spans in ([(0, 1)], [(2, 2)], [(0, 0)], []):
         with pytest.raises(ExampleProblem, match="no token counts in the loss") as caught:
             Played(spans).encode(conversation("a", "b"))
         assert caught.value.where == "line 3"
     plain = Played([]).encode(Example("line 1", (), text="AB"))
     assert plain.tokens.tolist() == [1, 65, 66, 2] and plain.learned == ((1, 4),) and plain.tokens.dtype == np.int32
     assert Played([(1, 3)]).stop_ids == {2, 11} and Played([]).stop_ids == {2}
+    # The last token of the last span: of the second one, and at even and odd places.
+    assert Played([(1, 2), (2, 3)]).stop_ids == {2, 11} and Played([(1, 2), (3, 4)]).stop_ids == {2}
+    assert Played([(1, 2)]).stop_ids == {2, 10} and Played([(1, 4)]).stop_ids == {2}
     prints = {Played([]).fingerprint, Played([]).fingerprint}
     other = Played([])
     other._bos_id = 5
@@ -287,7 +293,7 @@ def test_a_rendering_has_its_blocks_in_order_and_an_end() -> None:
     """A million characters, and 64 for each character of the messages and tools, of which there are 9 here."""
     messages, tools = [{"role": "a"}], [{"b": "cde"}]
     longest = 1_000_000 + 64 * 9
-    found = played_template(["x" * longest], [(5, 7), (3, 3), (1, 4), (300, 300)]).render(
+    found = played_template(["x" * longest], [(5, 7), (3, 3), (1, 4), (300, int("300")), (9, 8)]).render(
         messages, tools, add_generation_prompt=False
     )
     assert len(found.text) == longest and found.generated == ((1, 4), (5, 7))
