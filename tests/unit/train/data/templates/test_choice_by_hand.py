@@ -164,7 +164,7 @@ def test_loading_never_asks_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bos: int | None, eos: int | None, found: str | None
 ) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
-    tokenizer = SimpleNamespace(bos_token_id=bos, eos_token_id=eos, name_or_path="")
+    tokenizer: Any = SimpleNamespace(bos_token_id=bos, eos_token_id=eos, name_or_path="")
     played = Played(tokenizer)
     monkeypatch.setattr("transformers.AutoTokenizer", played)
     if found is None:

@@ -66,7 +66,8 @@ def test_an_added_token_with_another_id_in_the_copy_keeps_its_own(tiny_tokenizer
     """Stand-ins are not in the vocabulary, so that their ids, and those of tokens behind them, are others there."""
     encoder = TextEncoder(tiny_tokenizer)
     end = tiny_tokenizer.eos_token_id
-    assert encoder._ids and encoder._ids[encoder._as_text.token_to_id(encoder._stand_in_of_token("</s>"))] == end
+    copied_end: Any = encoder._as_text.token_to_id(encoder._stand_in_of_token("</s>"))
+    assert copied_end != end and encoder._ids[copied_end] == end
     assert encoder.encode("</s>", hidden=True)[0] == encoder.encode("</s>", hidden=False)[0] == [end]
     assert all(copied != own for copied, own in encoder._ids.items())
 
@@ -102,7 +103,7 @@ def test_all_texts_of_values() -> None:
     assert list(texts_of("x")) == ["x"] and list(texts_of([])) == list(texts_of(3)) == []
 
 
-FITTING = {
+FITTING: dict[str, dict[str, Any]] = {
     "model": {"type": "BPE", "vocab": {"▁": 0, "a": 1, "▁▁": 2, "▁a": 3}},
     "normalizer": {"normalizers": NORMALIZERS},
 }
