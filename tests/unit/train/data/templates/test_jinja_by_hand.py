@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -287,3 +288,14 @@ def test_a_system_without_limits_of_memory(monkeypatch: pytest.MonkeyPatch) -> N
     with template_sandbox._bounded_memory():
         rendered = True
     assert rendered
+
+
+def test_a_process_of_2_gib_may_grow_by_2_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is 4 GiB and not 2, whose bits are the same."""
+    asked: list[Any] = []
+    monkeypatch.setattr("pathlib.Path.read_text", lambda _: "2 1 1\n")
+    monkeypatch.setattr(resource, "getpagesize", lambda: 2**30)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    monkeypatch.setattr(resource, "setrlimit", lambda *given: asked.append(given))
+    with template_sandbox._bounded_memory():
+        assert asked[0] == (resource.RLIMIT_AS, (4_294_967_296, resource.RLIM_INFINITY))
