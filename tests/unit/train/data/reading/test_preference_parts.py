@@ -99,3 +99,9 @@ def test_answers_of_an_example(label: bool | None, answers: Any) -> None:
     chosen, rejected = pair.answers()
     assert chosen is not None and rejected is not None
     assert (chosen.messages, rejected.messages) == (tuple(turns("aB")), tuple(turns("aC")))
+
+
+def test_keys_of_half_a_pair_and_half_a_single_answer_are_a_pair() -> None:
+    found = convert_preference({"prompt": "a", "chosen": "b", "label": True}, "unpaired")
+    assert found.shape == "pairs"
+    assert found.problems == ["'rejected' is missing; the keys are 'chosen', 'label', 'prompt'"]
