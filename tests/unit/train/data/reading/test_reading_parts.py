@@ -300,3 +300,20 @@ def test_json_in_blocks_counts_lines_and_columns(monkeypatch: pytest.MonkeyPatch
     assert [each.place for each in two] == [
         "entry 1 (line 1)", "entry 1 (line 1)", "entry 2 (line 1)", "entry 3 (line 2)"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "on_hub", "inside"),
+    [
+        (None, False, ""),
+        ("", False, ""),
+        ("my", False, ""),
+        ("a", False, " (a)"),
+        ("z", False, " (z)"),
+        ("z", True, ""),
+    ],
+)
+def test_where_a_file_inside_a_source_is(name: str | None, on_hub: bool, inside: str) -> None:
+    source: Any = SimpleNamespace(name="in/my", path=Path("in/my"), on_hub=on_hub)
+    stream: Any = SimpleNamespace(_setting="data_path")
+    assert examples.ExampleStream._where(stream, source, name) == f"--data-path in/my{inside}"
