@@ -184,7 +184,7 @@ def test_the_end_of_a_job_that_was_stopped_or_lost(monkeypatch: pytest.MonkeyPat
 
 def test_a_host_is_asked_about_until_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every two seconds, 600 seconds long, with one line about it."""
-    now, waits = [0.0], []
+    now, waits = [1000.0], []
     monkeypatch.setattr(job_log, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(job_log, "list_jobs", lambda *_: ([], [HostError("gpu-1 does not answer.")]))
     found, said = follower()

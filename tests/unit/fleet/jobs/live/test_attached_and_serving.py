@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet.hosts import Host
 from mixtral_run.fleet.jobs import interactive
 from mixtral_run.fleet.jobs import serve as serving
+from mixtral_run.fleet.jobs.host_facts import HostFacts
 from mixtral_run.fleet.jobs.job_spec import JobOptions
 from mixtral_run.fleet.jobs.jobs import RunningJob
 from mixtral_run.fleet.jobs.taking import BusyError
@@ -250,3 +253,32 @@ def test_a_server_in_the_background_is_not_waited_for(
     assert said[0] == "serve-1 runs on gpu-1; to stop it: mixtral-run stop serve-1"
     assert (said[1:] == ["output: mixtral-run logs -f serve-1"]) is detach
     assert waited == ([] if detach else [(SERVER, 3)])
+
+
+def test_the_first_of_two_signals_is_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wait() -> int:
+        for number in (signal.SIGHUP, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        return 0
+
+    process = SimpleNamespace(wait=wait, terminate=lambda: None)
+    monkeypatch.setattr(interactive.subprocess, "Popen", lambda _: process)
+    monkeypatch.setattr(interactive, "_stop", lambda *_: None)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: False))
+    ssh: Any = None
+    assert interactive._call(ssh, HOSTS[0], "chat-1", ["ssh"]) == 129
+
+
+def test_a_server_is_a_job_of_one_host_and_needs_no_image_of_the_kit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[Any] = []
+    facts = HostFacts(folder="/f", kernels="/k")
+    monkeypatch.setattr(serving, "facts_of", lambda *given, **more: asked.append((given[0], more)) or [facts])
+    monkeypatch.setattr(serving, "_check_model", lambda *_: None)
+    ssh: Any = None
+    config = ServeConfig(load=Path("x/y"), dry_run=True)
+    assert serving._start(config, JobOptions(on=("gpu-1",)), ssh, HOSTS[:1]) is None
+    words = capsys.readouterr().out.split()
+    assert asked == [([HOSTS[0]], {"needs_image": False})]
+    assert "org.mixtral-run.num_hosts=1" in words and "--network" not in words

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import io
 import sys
@@ -77,6 +78,8 @@ def test_one_pipe_keeps_the_order_where_both_go_to_one_place(tmp_path: Path) -> 
         assert [job_log._same_place(one, each) for each in (one, two)] == [True, False]
     assert [each[4] is None for each in calls] == [True, False] and calls[0][3] is None
     assert not job_log._same_place(io.StringIO(), io.StringIO()) and not job_log._same_place(one, two)
+    missing: Any = SimpleNamespace(fileno=lambda: 10**6)
+    assert not job_log._same_place(missing, missing)
 
 
 @pytest.mark.parametrize("length", [20, 21, 22])
@@ -231,3 +234,13 @@ def test_a_known_failure_has_its_command(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (plain.problems, plain.next_command, plain.where) == ((), "mixtral-run logs job", "gpu-1")
     lost = job_log.job_error(JOB, HOSTS[0], None, [])
     assert (lost.where, lost.next_command) == ("gpu-1", "mixtral-run jobs; mixtral-run logs job")
+
+
+def test_lines_that_were_shown_are_left_out_as_often_as_they_were() -> None:
+    found, _ = follower()
+    (log,) = found._logs
+    again = collections.Counter({(STAMP, "x"): 3})
+    for number in range(5):
+        assert log.count == max(number - 3, 0)
+        found._line(log, f"{STAMP} x", again, found.out)
+    assert found.out.getvalue() == "x\nx\n" and log.count == 2  # type: ignore[attr-defined]

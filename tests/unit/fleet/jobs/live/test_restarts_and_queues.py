@@ -197,7 +197,7 @@ class Queue:
         self.now, self.slept, self.said, self.given = 0.0, list[float](), list[str](), list[Any]()
         self.attempts, self.spread = list(attempts), list[Any]()
         monkeypatch.setattr(queue, "time", SimpleNamespace(monotonic=lambda: self.now, sleep=self.sleep))
-        monkeypatch.setattr(queue, "random", SimpleNamespace(uniform=lambda *given: self.spread.append(given) or 1.0))
+        monkeypatch.setattr(queue, "random", SimpleNamespace(uniform=lambda *given: self.spread.append(given) or 0.5))
 
     def sleep(self, seconds: float) -> None:
         self.slept.append(seconds)
@@ -220,9 +220,9 @@ def busy(job: str = "x") -> BusyError:
 def test_a_queue_looks_every_half_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     found = Queue(monkeypatch, busy(), busy(), busy("y"), busy("y"), busy())
     assert found.run(on=("gpu-1",), wait="forever") == "job" and found.given == [()] * 6
-    assert found.slept == [30.0] * 5 and found.spread == [(0.75, 1.25)] * 5
+    assert found.slept == [15.0] * 5 and found.spread == [(0.75, 1.25)] * 5
     assert found.said == [f"waiting for a free host: gpu-1: {job} is running" for job in "xyx"]
-    for wait, slept in (("90", [30, 30, 30]), ("40s", [30, 10]), ("1m", [30, 30]), ("1", [1]), (None, []), ("0", [])):
+    for wait, slept in (("40", [15, 15, 10]), ("20s", [15, 5]), ("1m", [15] * 4), ("1", [1]), (None, []), ("0", [])):
         found = Queue(monkeypatch, *[busy()] * 9)
         with pytest.raises(BusyError):
             found.run(on=("gpu-1",), wait=wait)

@@ -238,3 +238,13 @@ def test_a_fetch_makes_the_folders_above_its_target(tmp_path: Path, monkeypatch:
     (tmp_path / "x/y/out").touch()
     with pytest.raises(ConfigError, match="already exists"):
         fetch(HOST, "/c/a", tmp_path / "x/y/out", Ssh(tmp_path / "k"))
+
+
+@pytest.mark.parametrize("error", [HostError("lost"), KeyboardInterrupt()])
+def test_what_has_arrived_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(fetching, "receive", MagicMock(side_effect=error))
+    with pytest.raises(type(error)):
+        fetching._continue(MagicMock(), HOST, "/c/a", read(START), tmp_path / "out", said.append)
+    (work,) = tmp_path.glob(".mixtral-run-fetch-*")
+    assert said == ["… 0 files, 0 bytes on gpu-1", f"What has arrived stays in {work}; the same command continues."]

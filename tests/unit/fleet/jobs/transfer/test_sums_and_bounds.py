@@ -53,7 +53,7 @@ def test_a_reader_counts_what_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
         False,
         False,
     ]
-    with pytest.raises(RefusedError, match=r"a header of the archive is longer than 1\.0 MiB"):
+    with pytest.raises(RefusedError, match=r"^a header of the archive is longer than 1\.0 MiB"), unpack._damaged():
         reader.read()
     whole = unpack._BoundedReader(io.BytesIO(b"\0" * 512 + b"z"), 1000)
     assert whole.read() == b"\0" * 512 + b"z" and whole.ends_at(0) and not whole.ends_at(1)
@@ -141,6 +141,7 @@ def test_a_name_occurs_once(tmp_path: Path, first: bytes, second: bytes) -> None
     [
         ("b", True), ("../c", True), ("./../c", True), ("../d/../c", True), ("..", True), ("../..", False),
         ("../../peft", False), ("/x", False), ("", False), ("../l", True), ("../l/x", False), ("../l/", True),
+        ("-a/../../c", True), ("../../../c", False),
     ],
 )  # fmt: skip
 def test_where_a_link_may_lead(target: str, good: bool) -> None:
@@ -263,3 +264,24 @@ def test_a_name_is_compared_by_its_letters(tmp_path: Path) -> None:
     )
     assert found == Received(1, 0)
     assert read(["rsync", "f", "0", "644", "1.0", "./peft", ""], name).amount == Received(1, 0)
+
+
+def test_each_step_up_of_a_link_is_one() -> None:
+    found = Links("peft")
+    found.add(PurePosixPath("peft/l"), "s")
+    found.add(PurePosixPath("peft/s/t/x"), "../l/y")
+    found.check()
+    for target in ("../../../z", "../../l/y"):
+        found.add(PurePosixPath("peft/s/t/y"), target)
+        with pytest.raises(RefusedError, match=r"outside of|another link"):
+            found.check()
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [("peft", FOLDER), ("peft/x", FOLDER), ("peft/x/y", FOLDER), ("peft/x", FILE, b""), ("peft/x/y", FILE, b"")],
+)
+def test_a_file_that_is_in_the_way_is_told_of(tmp_path: Path, entry: Entry) -> None:
+    (tmp_path / "peft").touch()
+    with pytest.raises(RefusedError, match=f"'{entry[0]}' is inside of something that is not a folder"):
+        unpack.unpack(io.BytesIO(stream([entry])), tmp_path, "peft", limit_bytes=9)

@@ -13,7 +13,7 @@ from mixtral_run.config.verbs.serve import ServeConfig
 from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import ConfigError, HostError, WeightsError
 from mixtral_run.fleet.hosts import Host
-from mixtral_run.fleet.jobs import engine_command, host_facts, jobs, taking
+from mixtral_run.fleet.jobs import engine_command, host_facts, jobs, stop, taking
 from mixtral_run.fleet.jobs.engine_command import engine_words, max_rank, read_adapter_config
 from mixtral_run.fleet.jobs.host_facts import HostFacts, parse_facts
 from mixtral_run.fleet.jobs.job_spec import (
@@ -247,7 +247,7 @@ def test_an_engine_that_says_nothing_has_its_exit_code() -> None:
 def test_a_start_on_hosts(monkeypatch: pytest.MonkeyPatch, num_hosts: int, fails: bool) -> None:
     """Only several hosts are compared; only after a failure the containers are removed, from each of them."""
     ssh: Any = Recorder()
-    hosts = (HOST, dataclasses.replace(HOST, name="gpu-2"))[:num_hosts]
+    hosts = (HOST, dataclasses.replace(HOST, name="gpu-2", address="10.0.0.2"))[:num_hosts]
     compared: list[Any] = []
     specs: list[Any] = []
     monkeypatch.setattr(jobs, "job_name", lambda verb: f"{verb}-1")
@@ -304,3 +304,27 @@ def test_same_output_is_asked_of_jobs_that_run(monkeypatch: pytest.MonkeyPatch) 
     # A job without an output has it in common with no other.
     jobs.refuse_taken(ssh, [HOST], JobSpec(name="j", verb="shell", config={}, options=JobOptions()))
     assert asked == [([HOST], ssh)]
+
+
+def test_the_first_of_the_jobs_with_the_same_output_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [JobRow(name, "convert", HOST, "running", 0, False, "", "/o") for name in ("j1", "j2")]
+    monkeypatch.setattr(jobs, "list_jobs", lambda *_: (rows, []))
+    spec = JobSpec(name="j", verb="convert", config={"output_path": "/o"}, options=JobOptions())
+    ssh: Any = None
+    with pytest.raises(taking.OutputTakenError) as caught:
+        jobs.refuse_taken(ssh, [HOST], spec)
+    assert caught.value.next_command == "mixtral-run stop j1; or another output for this job"
+    # More containers than the job says it has are no reason to look for others.
+    rows[1] = dataclasses.replace(rows[0], since="x")
+    monkeypatch.setattr(jobs, "list_jobs", lambda *_: (rows, [HostError("gpu-2")]))
+    assert jobs.find_whole_job("j1", [HOST]) == (rows, [])
+
+
+def test_a_job_to_stop_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    said: list[str] = []
+    row = JobRow("j", "convert", HOST, "exited", 0, False, "", "")
+    monkeypatch.setattr(stop, "find_whole_job", lambda *given, **more: asked.append((given, more)) or ([row], []))
+    ssh: Any = "ssh"
+    stop.stop_job("j", [HOST], said.append, ssh)
+    assert asked == [(("j", [HOST], "ssh"), {"prefer_running": True})] and said == ["j has already ended."]

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from mixtral_run.config.verbs.generate import ChatConfig, GenerateConfig
 from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.config.verbs.trial import SmokeConfig
-from mixtral_run.config.verbs.weights import ConvertConfig, ExportConfig
+from mixtral_run.config.verbs.weights import ConvertConfig, ExportConfig, VerifyConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.fleet.hosts import Host
 from mixtral_run.fleet.jobs import engine_command, job_spec, jobs, taking
@@ -226,3 +227,13 @@ def test_devices_for_nccl(
 ) -> None:
     facts = dataclasses.replace(FACTS, rdma=devices, rdma_group=group)
     assert job_spec._rdma(JobOptions(ulimits=limits), facts) == expected
+
+
+def test_values_that_are_no_paths_stay() -> None:
+    chat = make_spec("j", "chat", ChatConfig(load=Path("m"), system="/opt/x"), JobOptions(), 1)
+    assert (chat.config["system"], chat.mounts) == ("/opt/x", ())
+    texts = GenerateConfig(load=Path("m"), prompt=("a", "/b"))
+    assert make_spec("j", "generate", texts, JobOptions(), 1).config["prompt"] in (["a", "/b"], ("a", "/b"))
+    assert make_spec("j", "verify", VerifyConfig(load=Path("a/b")), JobOptions(), 1).config["load"] == "a/b"
+    assert make_spec("j", "verify", VerifyConfig(load=Path("/opt/m")), JobOptions(), 1).mounts == ("/opt/m",)
+    assert container_argv(chat, FACTS)[-4:] == ["mixtral-run", "chat", "--config", "/job/config.json"]
