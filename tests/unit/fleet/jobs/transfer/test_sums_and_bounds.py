@@ -285,3 +285,10 @@ def test_a_file_that_is_in_the_way_is_told_of(tmp_path: Path, entry: Entry) -> N
     (tmp_path / "peft").touch()
     with pytest.raises(RefusedError, match=f"'{entry[0]}' is inside of something that is not a folder"):
         unpack.unpack(io.BytesIO(stream([entry])), tmp_path, "peft", limit_bytes=9)
+
+
+def test_a_size_is_compared_by_its_value(tmp_path: Path) -> None:
+    found = read(["rsync", "f", "70000", "644", "1.0", "./a", ""])
+    (tmp_path / "a").write_bytes(bytes(70_000))
+    found.check_arrived(tmp_path)
+    assert found.received(tmp_path) == (70_000, None)

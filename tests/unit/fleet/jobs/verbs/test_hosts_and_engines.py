@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,14 +14,16 @@ from mixtral_run.config.verbs.serve import ServeConfig
 from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import ConfigError, HostError, WeightsError
 from mixtral_run.fleet.hosts import Host
-from mixtral_run.fleet.jobs import engine_command, host_facts, jobs, stop, taking
+from mixtral_run.fleet.jobs import engine_command, host_facts, job_log, jobs, run_on_hosts, stop, taking
 from mixtral_run.fleet.jobs.engine_command import engine_words, max_rank, read_adapter_config
 from mixtral_run.fleet.jobs.host_facts import HostFacts, parse_facts
+from mixtral_run.fleet.jobs.job_log import JobFollower
 from mixtral_run.fleet.jobs.job_spec import (
     JobOptions,
     JobSpec,
 )
-from mixtral_run.fleet.jobs.jobs import JobRow
+from mixtral_run.fleet.jobs.jobs import JobRow, RunningJob
+from mixtral_run.fleet.jobs.lost_hosts import HostLost
 from mixtral_run.fleet.ssh.connection import Answer
 
 HOST = Host("gpu-1", "10.0.0.1", user="ops", port=2222)
@@ -328,3 +331,35 @@ def test_a_job_to_stop_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> 
     ssh: Any = "ssh"
     stop.stop_job("j", [HOST], said.append, ssh)
     assert asked == [(("j", [HOST], "ssh"), {"prefer_running": True})] and said == ["j has already ended."]
+
+
+def test_jobs_and_hosts_are_compared_by_their_letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes over a connection is equal to a name here, and never the same object."""
+
+    def named(job: str, **more: Any) -> JobRow:
+        values = {"verb": "convert", "host": HOST, "state": "exited", "exit_code": 0, "output": "", **more}
+        return JobRow(job=job, out_of_memory=False, since="", **values)
+
+    name, same = "".join(["j", "ob-1"]), "".join(["jo", "b-1"])
+    assert name is not same
+    rows = [named(same), named("job-12")]
+    monkeypatch.setattr(jobs, "list_jobs", lambda *_: (rows, []))
+    assert jobs.find_whole_job(name, [HOST]) == (rows[:1], [])
+    ssh: Any = Recorder()
+    assert jobs.stop([named(name)], ssh) == rows[:1]
+    rows[:] = [named("x", state="running", output="".join(["/", "o"]))]
+    spec = JobSpec(name="j", verb="convert", config={"output_path": "".join(["/o", ""])}, options=JobOptions())
+    with pytest.raises(taking.OutputTakenError):
+        jobs.refuse_taken(ssh, [HOST], spec)
+    # Hosts are equal by what they are.
+    one, two = HOST, dataclasses.replace(HOST, name="gpu-2")
+    job = RunningJob(name, "finetune", (one, two))
+    lost = HostLost(job, dataclasses.replace(one))
+    assert "--on gpu-2 --resume auto" in str(lost.next_command)
+    assert run_on_hosts._hosts_left(job, JobOptions(min_hosts=1, inventory=Path("i")), lost) == ("gpu-2",)
+    follower = JobFollower(job, ssh, io.StringIO(), say=print)
+    follower._cut_off(dataclasses.replace(two))
+    assert follower._alive() == [one]
+    row = named(same, state="running")
+    monkeypatch.setattr(job_log, "list_jobs", lambda *_: ([row], []))
+    assert follower._row_of(follower._logs[0]) == row
