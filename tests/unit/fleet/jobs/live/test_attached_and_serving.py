@@ -87,14 +87,14 @@ def test_the_end_of_a_connection(monkeypatch: pytest.MonkeyPatch, code: int, sto
     ssh: Any = None
     if end is None:
         with pytest.raises(HostError, match="The connection to gpu-1 failed or was lost") as caught:
-            interactive._call(ssh, HOSTS[0], "chat-1", ["ssh"])
+            interactive._call(ssh, HOSTS[0], "chat-1", ["ssh", "host", "words"])
         assert caught.value.next_command == "mixtral-run jobs gpu-1, which lists what may still run there"
     else:
         assert interactive._call(ssh, HOSTS[0], "chat-1", ["ssh"]) == end
     assert asked == [(HOSTS[0], "stop", "--time", "10", "chat-1")] * stopped
     monkeypatch.setattr(interactive.subprocess, "Popen", MagicMock(side_effect=FileNotFoundError))
     with pytest.raises(HostError, match="ssh is not installed here"):
-        interactive._call(ssh, HOSTS[0], "chat-1", ["ssh"])
+        interactive._call(ssh, HOSTS[0], "chat-1", ["ssh", "host", "words"])
 
 
 @pytest.mark.parametrize(
