@@ -72,7 +72,8 @@ def test_what_is_assumed_where_nothing_is_said() -> None:
         ({"environment": ("1=2",)}, "--env: expected NAME=VALUE; found '1=2'"),
         ({"environment": ("A_TOKEN=x",)}, "--env A_TOKEN: `docker inspect`"),
         ({"ulimits": ("none",)}, None), ({"ulimits": ("none", "a=1")}, "--ulimit"), ({"ulimits": ("a=-1:-1",)}, None),
-        ({"ulimits": ()}, None), ({"checkpoints_folder": "a"}, "--checkpoints-folder"), ({"hf_home": "a"}, "--hf-home"),
+        ({"ulimits": ()}, None), ({"ulimits": ("rtprio=x",)}, "--ulimit"),
+        ({"checkpoints_folder": "a"}, "--checkpoints-folder"), ({"hf_home": "a"}, "--hf-home"),
         ({"wait": "forever"}, None), ({"wait": "999999"}, None), ({"wait": "1234567"}, "--wait"),
         ({"share": True}, None), ({"wait": "1m", "share": True}, "--wait, --share: expected one of them; found both"),
         ({"min_hosts": 1}, None), ({"detach": True}, None),
@@ -195,6 +196,9 @@ def test_a_container_without_gpus_and_with_words_of_its_own() -> None:
         "--env", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=390", "--env", "TRITON_CACHE_DIR=/kernels",
         "mixtral-run:local", "sh", "-l",
     ]  # fmt: skip
+    for limit in ("rtprio=5", "core=0"):
+        limited = dataclasses.replace(spec, options=JobOptions(ulimits=(limit,)))
+        assert container_argv(limited, facts).count("--ulimit") == container_argv(limited, facts).count(limit) == 1
     for group in (None, 8, 9, 7):
         argv = container_argv(spec, dataclasses.replace(facts, group_of_checkpoints=group))
         assert ("--group-add" in argv) is (group in (9, 7))
