@@ -81,8 +81,9 @@ def ask_ahead(config: LaunchConfig) -> None:
     """
     if config.device != "cpu" and not is_worker() and has_nvidia_driver():
         _started_queries.append(_start_query(config.nproc_per_node or 0))
-        # Thousands of small files in the first job. Its processes copy what is missing then.
-        threading.Thread(target=copy_from_image, name="kernels of the image").start()
+        # Thousands of small files in the first job. Its processes copy what is missing then. A daemon: a command that
+        # a wrong path ends must not wait for them.
+        threading.Thread(target=copy_from_image, name="kernels of the image", daemon=True).start()
 
 
 def has_nvidia_driver() -> bool:

@@ -8,6 +8,7 @@ memory and with a process group of their own, so that they never meet the collec
 from __future__ import annotations
 
 import shutil
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.run_lock import check_held
 from mixtral_run.train.checkpoints.adapter_shards import ParameterState, adapter_shards, live_states
 from mixtral_run.train.checkpoints.adapter_writer import AdapterWriter
-from mixtral_run.train.checkpoints.background import BackgroundTask
+from mixtral_run.train.checkpoints.background import WAIT_SECONDS, BackgroundTask
 from mixtral_run.train.checkpoints.host_copy import AdapterCopy, HostCopy, fits_on_hosts
 from mixtral_run.train.checkpoints.random_state import own_random_state, write_random_state
 from mixtral_run.train.checkpoints.save_target import SaveTarget
@@ -40,6 +41,10 @@ from mixtral_run.weights.torch_dist.megatron_files import write_metadata_json
 
 SLOWEST_BYTES_A_SECOND = 100e6
 """A disk that takes the files of a job more slowly than this counts as one that does not answer."""
+PLAN_SECONDS = 10.0
+"""Longest time that a save waits for a plan that was begun ahead. It takes about a second to make a new one."""
+
+_UNUSABLE, _RUNNING, _READY = 0.0, 1.0, 2.0
 
 
 @dataclass(frozen=True)
@@ -268,15 +273,34 @@ class AdapterSaver(Saver):
         return live_states(self._model, self._optimizer)
 
     def _writer_of(self, states: list[ParameterState], copy: HostCopy | None) -> FileWriter:
-        if copy is None and self._planned is not None and _are_same(self._planned[0], states):
-            return self._planned[1].result()
+        if copy is None and self._planned is not None:
+            planned, plan = self._planned
+            if self._all_can_use(plan, fits=_are_same(planned, states)):
+                return plan.result()
+            # Its thread may wait for other ranks in the group that only it uses. Nobody waits for the thread.
+            self._planned = None
         return AdapterWriter(adapter_shards(self._model, states))
+
+    def _all_can_use(self, plan: Beside[AdapterWriter], *, fits: bool) -> bool:
+        """Return True if the plan made ahead is ready on all ranks. All ranks must call, and get the same answer.
+
+        False if it failed on one of them, does not fit what is saved there, or takes longer than PLAN_SECONDS. While
+        the ranks wait they keep asking, which shows a rank that is gone, and to the heartbeat one that hangs.
+        """
+        late = time.monotonic() + PLAN_SECONDS
+        while True:
+            is_running = plan.is_running
+            is_lost = not fits or plan.has_failed or (is_running and time.monotonic() > late)
+            state = torch.tensor(_UNUSABLE if is_lost else _RUNNING if is_running else _READY)
+            if self._model.mesh.world_size > 1:
+                dist.all_reduce(state, op=dist.ReduceOp.MIN)
+            if float(state) != _RUNNING:
+                return float(state) == _READY
+            plan.wait(WAIT_SECONDS)
 
 
 def _are_same(planned: Sequence[ParameterState], states: Sequence[ParameterState]) -> bool:
-    """Return True if both are made of the same tensors. The optimizer's moments may be newer than the plan, on all
-    ranks alike.
-    """
+    """Return True if both are made of the same tensors. The optimizer's moments may be newer than the plan."""
 
     def addresses(state: ParameterState) -> tuple[object, ...]:
         return state.name, *state.moments, *(each.data_ptr() for each in state.tensors)

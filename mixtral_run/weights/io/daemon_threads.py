@@ -22,17 +22,38 @@ class Beside(Generic[ResultT]):
 
     def __init__(self, call: Callable[[], ResultT], name: str) -> None:
         self._call: Callable[[], ResultT] | None = call
+        self._name = name
         self._results: list[ResultT] = []
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def result(self) -> ResultT:
-        """Wait for the end of the call, and return what it returned or raise what it raised."""
+        """Wait for the end of the call, and return what it returned or raise what it raised.
+
+        What would end a process, such as SystemExit, ends only the thread: it is raised as a RuntimeError.
+        """
         self._thread.join()
-        if self._error is not None:
+        if isinstance(self._error, Exception):
             raise self._error
+        if self._error is not None:
+            kind = type(self._error).__name__
+            raise RuntimeError(f"The thread '{self._name}' ended with {kind}: {self._error}") from self._error
         return self._results[0]
+
+    def wait(self, seconds: float) -> None:
+        """Return when the call has ended, or after so many seconds."""
+        self._thread.join(seconds)
+
+    @property
+    def is_running(self) -> bool:
+        """Return True until the call has ended."""
+        return self._thread.is_alive()
+
+    @property
+    def has_failed(self) -> bool:
+        """Return True if the call has raised."""
+        return self._error is not None
 
     def _run(self) -> None:
         _share_interpreter(more=True)

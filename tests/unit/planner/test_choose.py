@@ -4,6 +4,7 @@ import dataclasses
 import signal
 import threading
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import psutil
@@ -313,10 +314,10 @@ def test_the_query_can_start_ahead(
     available.ask_ahead(config)
     assert not available._started_queries  # no GPU here
     monkeypatch.setattr(available, "Path", lambda _: tmp_path)
-    copied = threading.Event()
-    monkeypatch.setattr(available, "copy_from_image", copied.set)
+    daemons: SimpleQueue[bool] = SimpleQueue()
+    monkeypatch.setattr(available, "copy_from_image", lambda: daemons.put(threading.current_thread().daemon))
     available.ask_ahead(config)
-    assert copied.wait(30)
+    assert daemons.get(timeout=30), "a command that ends at once would wait for the copy"
     monkeypatch.setattr(available, "_QUERY", ("-c", "raise SystemExit(1)"))
     assert available.available_gpu("cuda", 2) == AvailableGpu(9, 9, HOPPER)
     assert not available._started_queries

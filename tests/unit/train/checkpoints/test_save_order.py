@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -224,14 +225,29 @@ def test_saves_of_a_plan_made_ahead_are_those_without_one(
         step()
 
 
-def test_a_plan_that_fails_beside_the_training_fails_the_save(
-    mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("failure", [MemoryError(), SystemExit(3), RuntimeError("Connection reset"), "stuck", "slow"])
+def test_a_plan_that_fails_beside_the_training_costs_no_checkpoint(
+    mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException | str
 ) -> None:
+    """A slow one is waited for."""
+    monkeypatch.setattr(saving, "PLAN_SECONDS", 0.01 if failure == "stuck" else 30.0)
+    gate = threading.Event()
+    made: list[bool] = []
+
+    def writer(shards: object, group: dist.ProcessGroup | None = None) -> AdapterWriter:
+        made.append(group is not None)
+        if group is not None and isinstance(failure, BaseException):
+            raise failure
+        if group is not None:
+            gate.wait(0.1 if failure == "slow" else 30)
+        return AdapterWriter(shards, group)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(saving, "AdapterWriter", writer)
     model, optimizer = trained(mesh)
     saver = AdapterSaver(model, optimizer, tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(saving, "adapter_shards", lambda *_: {"x": 1})
-        saver.plan_ahead()
-        with pytest.raises(AttributeError):
-            saver.save(SaveRequest(4, DESCRIPTION))
-    assert not (tmp_path / LATEST).exists()
+    saver.plan_ahead()
+    for iteration in (4, 5):
+        saver.save(SaveRequest(iteration, DESCRIPTION))
+        assert (tmp_path / LATEST).read_text() == f"{iteration}\n"
+    gate.set()
+    assert made == ([True] if failure == "slow" else [True, False, False])

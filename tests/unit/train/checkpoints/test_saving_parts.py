@@ -83,6 +83,44 @@ def test_a_copy_is_used_only_if_all_ranks_have_one(
     assert given._writer == ((copy.states, copy) if is_used else None)
 
 
+@pytest.mark.parametrize(
+    ("own", "fits", "others", "used"),
+    [
+        ("ready", True, [2.0], True),
+        ("ready", True, [1.0, 1.0, 2.0], True),
+        ("ready", True, [1.0, 0.0], False),
+        ("failed", True, [2.0], False),
+        ("ready", False, [2.0], False),
+        ("late", True, [2.0], False),
+    ],
+)
+def test_a_plan_made_ahead_is_used_only_if_all_ranks_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str, fits: bool, others: list[float], used: bool
+) -> None:
+    """others: the least that other ranks say each time they are asked: 0 cannot use it, 1 still plans, 2 has it."""
+    said: list[float] = []
+
+    def reduce(state: torch.Tensor, op: object) -> None:
+        assert op == torch.distributed.ReduceOp.MIN and not state.is_cuda
+        said.append(float(state))
+        state.clamp_(max=others.pop(0))
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", reduce)
+    monkeypatch.setattr(saving, "PLAN_SECONDS", -1.0)
+    monkeypatch.setattr(saving, "AdapterWriter", lambda _: "made now")
+    monkeypatch.setattr(saving, "adapter_shards", lambda *_: {})
+    monkeypatch.setattr(saving, "_are_same", lambda *_: fits)
+    given = saver(tmp_path)
+    given._model.mesh.world_size = 2
+    plan = MagicMock(is_running=own == "late", has_failed=own == "failed")
+    given._planned = [], plan
+    plan.result.return_value = "made ahead"
+    assert given._writer_of([], None) == ("made ahead" if used else "made now")
+    assert not others and set(said) == {2.0 if own == "ready" and fits else 0.0}
+    # What one rank cannot use is not asked about again.
+    assert (given._planned is not None) is used
+
+
 def test_what_the_end_of_a_run_waits_for(tmp_path: Path) -> None:
     """A peer that is lost is not waited for; its own error lets the other ranks write on, unless one is gone."""
     lost = RuntimeError("Connection closed by peer [127.0.0.1]:1")

@@ -82,3 +82,20 @@ def test_a_call_beside_gives_its_result_or_its_error_and_turns_are_short_only_me
     with pytest.raises(OSError, match="the second one fails"):
         second.result()
     assert sys.getswitchinterval() == pytest.approx(before)
+
+
+def test_what_would_end_the_process_ends_only_the_thread_beside() -> None:
+    beside = Beside(lambda: sys.exit("a library gives up"), "leaving")
+    with pytest.raises(RuntimeError, match="'leaving' ended with SystemExit: a library gives up"):
+        beside.result()
+    assert beside.has_failed and not beside.is_running
+
+
+def test_the_wait_for_a_call_beside_has_a_limit() -> None:
+    gate = threading.Event()
+    beside = Beside(lambda: gate.wait(30), "waiting")
+    beside.wait(0.01)
+    assert beside.is_running and not beside.has_failed
+    gate.set()
+    beside.wait(30)
+    assert not beside.is_running and beside.result()
