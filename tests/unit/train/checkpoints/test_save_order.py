@@ -238,16 +238,19 @@ def test_a_plan_that_fails_beside_the_training_costs_no_checkpoint(
         made.append(group is not None)
         if group is not None and isinstance(failure, BaseException):
             raise failure
-        if group is not None:
-            gate.wait(0.1 if failure == "slow" else 30)
+        if group is not None and gate.wait(0.1 if failure == "slow" else 30):
+            raise RuntimeError("too late")
         return AdapterWriter(shards, group)  # type: ignore[arg-type]
 
     monkeypatch.setattr(saving, "AdapterWriter", writer)
     model, optimizer = trained(mesh)
     saver = AdapterSaver(model, optimizer, tmp_path)
     saver.plan_ahead()
+    assert saver._planned is not None
+    plan = saver._planned[1]
     for iteration in (4, 5):
         saver.save(SaveRequest(iteration, DESCRIPTION))
         assert (tmp_path / LATEST).read_text() == f"{iteration}\n"
     gate.set()
+    plan.wait(30)
     assert made == ([True] if failure == "slow" else [True, False, False])
