@@ -206,6 +206,8 @@ def test_saves_of_a_plan_made_ahead_are_those_without_one(
     else:
         step()
         ahead.plan_ahead()
+    assert ahead._planned is not None
+    ahead._planned[1].wait(30)
     if outdated == "other moments":
         for state in optimizer.state.values():
             state["exp_avg"] = state["exp_avg"].clone()
@@ -231,11 +233,12 @@ def test_a_plan_that_fails_beside_the_training_costs_no_checkpoint(
 ) -> None:
     """A slow one is waited for."""
     monkeypatch.setattr(saving, "PLAN_SECONDS", 0.01 if failure == "stuck" else 30.0)
-    gate = threading.Event()
+    begun, gate = threading.Event(), threading.Event()
     made: list[bool] = []
 
     def writer(shards: object, group: dist.ProcessGroup | None = None) -> AdapterWriter:
         made.append(group is not None)
+        begun.set()
         if group is not None and isinstance(failure, BaseException):
             raise failure
         if group is not None and gate.wait(0.1 if failure == "slow" else 30):
@@ -248,6 +251,7 @@ def test_a_plan_that_fails_beside_the_training_costs_no_checkpoint(
     saver.plan_ahead()
     assert saver._planned is not None
     plan = saver._planned[1]
+    assert begun.wait(30)
     for iteration in (4, 5):
         saver.save(SaveRequest(iteration, DESCRIPTION))
         assert (tmp_path / LATEST).read_text() == f"{iteration}\n"
