@@ -1,4 +1,4 @@
-"""What all rivals share: Mixtral's sizes with random weights, the step that is timed, and the proof of what ran."""
+"""Mixtral's sizes with random weights, the timed step, and the proof that a rival's own code ran: for all rivals."""
 
 from __future__ import annotations
 

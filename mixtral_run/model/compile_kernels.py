@@ -35,7 +35,7 @@ EXPERTS = (8, 4, 2, 1)
 """Experts of a process, with expert parallelism over 1, 2, 4 and 8."""
 TOKENS, RANK = 2048, 16
 STEP_TOKENS = (512, 1024, 2048, 4096)
-"""Tokens of a process in a micro batch, of which the kernels that sort choices know the number of blocks."""
+"""Numbers of tokens of a process in a micro batch. The kernels that sort choices are compiled for each of them."""
 
 Call = Callable[[], object]
 

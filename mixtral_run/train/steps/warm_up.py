@@ -1,4 +1,4 @@
-"""What the first step needs of the GPU and of libraries, prepared while weights are read: the host often waits then."""
+"""Prepare the GPU and the libraries for the first step while weights are read: the host often waits then."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is prepared beside the weights: one collective for each group that training uses, the same on all ranks."""
+"""Preparation beside the weights: one collective for each group that training uses, the same on all ranks."""
 
 from __future__ import annotations
 

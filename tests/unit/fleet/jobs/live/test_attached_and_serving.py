@@ -104,7 +104,7 @@ def test_the_end_of_a_connection(monkeypatch: pytest.MonkeyPatch, code: int, sto
 def test_a_host_that_somebody_took_before(
     monkeypatch: pytest.MonkeyPatch, code: int, mark: int, end: int | str
 ) -> None:
-    """Of the containers there only a shell that still runs is named."""
+    """Only a shell that still runs is named of the containers there."""
     rows = [row(verb="shell", state="exited", job="s1"), row(verb="convert", state="running", job="c1"),
             row(verb="shell", state="running", job="s2")]  # fmt: skip
     asked: list[Any] = []

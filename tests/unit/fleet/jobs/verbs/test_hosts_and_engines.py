@@ -334,7 +334,7 @@ def test_a_job_to_stop_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_jobs_and_hosts_are_compared_by_their_letters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What comes over a connection is equal to a name here, and never the same object."""
+    """A value that comes over a connection is equal to a name here, and never the same object."""
 
     def named(job: str, **more: Any) -> JobRow:
         values = {"verb": "convert", "host": HOST, "state": "exited", "exit_code": 0, "output": "", **more}

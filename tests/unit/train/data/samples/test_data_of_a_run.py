@@ -154,7 +154,7 @@ def weighted(*weights: float | None) -> tuple[DataSource, ...]:
 
 
 def test_shares_are_those_of_the_examples_that_are_used() -> None:
-    """Of two sources of 3 and 4 examples two each are left, and the second has twice the weight: each twice."""
+    """Two examples each are left of two sources of 3 and 4, and the second has twice the weight: each twice."""
     given = examples("x", 3, 9, 4, 9, 9, 3, 2, prompt=6, sources=weighted(1.0, 2.0), counts=(3, 4))
     data = data_of(finetune(skip_bad_examples=True), data_path=given)
     assert numbers_of(data.samples) == [0, 2, 5, 6, 5, 6]

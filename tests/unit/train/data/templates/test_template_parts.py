@@ -346,7 +346,7 @@ def test_a_difference_is_shown_with_what_stands_around_it() -> None:
 
 def test_the_first_200_characters_of_an_error_of_a_template() -> None:
     class TemplateError(Exception):
-        """What a template raises itself."""
+        """An error that a template raises itself."""
 
     first = "".join(chr(ord("a") + number % 26) for number in range(201))
     assert template_sandbox._first_line(ValueError(f"{first}\nmore")) == f"ValueError: {first[:200]}"
