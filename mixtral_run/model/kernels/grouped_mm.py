@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -108,7 +109,7 @@ class _AddedLinear(torch.autograd.Function):
         inner, outer, offsets = ctx.saved_tensors
         gradient = gradients[0].contiguous()
         for_inner = product(gradient, outer, offsets, scale=ctx.scale)
-        return gradient, for_inner, outer_product(gradient, inner * ctx.scale, offsets), None, None
+        return gradient, for_inner, outer_product(gradient, inner, offsets, scale=ctx.scale), None, None
 
 
 def product(
@@ -149,19 +150,26 @@ def outer_product(
     *,
     source: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    scale: float = 1.0,
 ) -> Tensor:
-    """Return leftᵀ · right summed over each expert's rows: left [tokens, m], right [tokens, n] → [experts, m, n].
+    """Return leftᵀ · scale · right summed over each expert's rows: left [tokens, m], right [tokens, n] → [experts, m,
+    n].
 
-    source: index into `right`, see `product`. dtype: of the result; default left's.
+    source: index into `right`, see `product`. dtype: of the result; default left's. scale: see `_is_exact`.
     """
+    if not _is_exact(scale):
+        right, scale = right * scale, 1.0
     if has_grouped_product(left, left.shape[1], right.shape[1]):
         from mixtral_run.model.kernels.narrow_mm_triton import WIDTHS, narrow_outer_product
 
         if left.is_contiguous() and right.is_contiguous():
             if left.shape[1] in WIDTHS:
-                return narrow_outer_product(right, left, offsets, narrow_first=True, source=source, dtype=dtype)
+                return narrow_outer_product(
+                    right, left, offsets, narrow_first=True, source=source, dtype=dtype, scale=scale
+                )
             if right.shape[1] in WIDTHS and source is None:
-                return narrow_outer_product(left, right, offsets, narrow_first=False, dtype=dtype)
+                return narrow_outer_product(left, right, offsets, narrow_first=False, dtype=dtype, scale=scale)
+    right = right if scale == 1.0 else right * scale
     if source is not None:
         right = right.index_select(0, source)
     if has_grouped_product(left, left.shape[1], right.shape[1]):
@@ -175,6 +183,13 @@ def outer_product(
         pairs = zip(each_experts(left, offsets), each_experts(right, offsets), strict=True)
         output = torch.stack([first.t() @ second for first, second in pairs])
     return output.to(dtype or left.dtype)
+
+
+def _is_exact(scale: float) -> bool:
+    """Return True for a power of two: it may multiply the sum instead of what is summed, with the same result bit for
+    bit.
+    """
+    return math.frexp(scale)[0] == 0.5
 
 
 def products_of_gradient(
@@ -191,7 +206,7 @@ def products_of_gradient(
                 gradient.contiguous(), matrices.contiguous(), inner.contiguous(), scale, offsets, dtype
             )
     for_inner = product(gradient, matrices, offsets, scale=scale)
-    return for_inner, outer_product(gradient, inner * scale, offsets, dtype=dtype)
+    return for_inner, outer_product(gradient, inner, offsets, dtype=dtype, scale=scale)
 
 
 def add_product(base: Tensor, inner: Tensor, matrices: Tensor, scale: float, offsets: Tensor) -> Tensor:

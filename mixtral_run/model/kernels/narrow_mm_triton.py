@@ -25,6 +25,8 @@ COLUMNS, TOKENS = 128, 64
 """A program of `narrow_outer_product` computes COLUMNS columns, in steps of TOKENS along the sum."""
 BOTH_COLUMNS, BOTH_TOKENS = 512, 64
 """The same for `both_narrow_products`; half as many columns at rank 64."""
+SUMMED, AT_ONCE = 256, 16
+"""A program of `_sum` adds the parts of SUMMED numbers, and waits for AT_ONCE parts at a time."""
 VARYING = ("tokens", "splits")
 """Arguments that change with every step under EP: specialized on their values, or on multiples of 16, the kernels would
 be compiled again and again."""
@@ -88,13 +90,24 @@ def _narrow_product_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def _narrow_sum_kernel(
-    parts_ptr, offsets_ptr, output_ptr, size, splits, num_experts, scale, NARROW: tl.constexpr, BLOCK: tl.constexpr
+    parts_ptr,
+    offsets_ptr,
+    output_ptr,
+    size,
+    splits,
+    num_experts,
+    scale,
+    NARROW: tl.constexpr,
+    BLOCK: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     result = tl.zeros([BLOCK], dtype=tl.float32)
     there = tl.load(offsets_ptr + num_experts - 1) * NARROW
-    for split in range(splits):
-        result += tl.load(parts_ptr + split * size + places, mask=places < there, other=0.0)
+    for first in range(0, splits, AT_ONCE):
+        for each in tl.static_range(AT_ONCE):
+            mask = (places < there) & (first + each < splits)
+            result += tl.load(parts_ptr + (first + each) * size + places, mask=mask, other=0.0)
     tl.store(output_ptr + places, (result * scale).to(output_ptr.dtype.element_ty), mask=places < size)
 
 
@@ -108,6 +121,7 @@ def _narrow_outer_kernel(
     width,
     column_stride,
     narrow_stride,
+    scale,
     NARROW: tl.constexpr,
     COLUMNS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -132,7 +146,7 @@ def _narrow_outer_kernel(
         result = tl.dot(left, right, result)
     target = output_ptr + expert.to(tl.int64) * width * NARROW
     target += columns[None, :] * column_stride + narrow[:, None] * narrow_stride
-    tl.store(target, result.to(output_ptr.dtype.element_ty), mask=inside[None, :])
+    tl.store(target, (result * scale).to(output_ptr.dtype.element_ty), mask=inside[None, :])
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -288,8 +302,17 @@ def narrow_product(
 def _sum(parts: Tensor, scale: float, offsets: Tensor, output: Tensor) -> None:
     """Sum parts, times scale, of fp32 [splits, tokens, n] into output [tokens, n]; rows of no expert become zeros."""
     size = output.numel()
-    _narrow_sum_kernel[(triton.cdiv(size, 1024),)](
-        parts, offsets, output, size, parts.shape[0], offsets.shape[0], scale, NARROW=output.shape[1], BLOCK=1024
+    _narrow_sum_kernel[(triton.cdiv(size, SUMMED),)](
+        parts,
+        offsets,
+        output,
+        size,
+        parts.shape[0],
+        offsets.shape[0],
+        scale,
+        NARROW=output.shape[1],
+        BLOCK=SUMMED,
+        AT_ONCE=AT_ONCE,
     )
 
 
@@ -301,8 +324,9 @@ def narrow_outer_product(
     narrow_first: bool,
     source: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    scale: float = 1.0,
 ) -> Tensor:
-    """Return narrowᵀ · wide summed over each expert's rows, [experts, n, m], or its transpose, [experts, m, n].
+    """Return scale · narrowᵀ · wide summed over each expert's rows, [experts, n, m], or its transpose, [experts, m, n].
 
     Args:
         wide, narrow: [tokens, m] and [tokens, n], both contiguous; n is one of WIDTHS.
@@ -321,6 +345,7 @@ def narrow_outer_product(
         output,
         width,
         *((1, width) if narrow_first else (rank, 1)),
+        scale,
         NARROW=rank,
         COLUMNS=COLUMNS,
         TOKENS=TOKENS,

@@ -121,6 +121,35 @@ def test_an_adapters_halves(routing: tuple[int, ...], width: int, rank: int) -> 
     found = narrow_outer_product(rows, inner, offsets, narrow_first=True)
     assert float((found - expected).norm()) < 4e-3 * float(expected.norm())
     assert torch.equal(narrow_outer_product(rows, inner, offsets, narrow_first=False), found.transpose(1, 2))
+    twice = narrow_outer_product(rows, inner, offsets, narrow_first=True, scale=2.0)
+    assert torch.equal(twice, narrow_outer_product(rows, inner * 2.0, offsets, narrow_first=True))
+
+
+@pytest.mark.skipif(torch.cuda.get_device_capability() < (8, 0), reason="other GPUs use the path in grouped_mm.py")
+@pytest.mark.parametrize("scale", [2.0, 0.25, 0.3])
+@pytest.mark.parametrize("routing", ROUTINGS[:-1])
+def test_a_factor_of_an_outer_product(routing: tuple[int, ...], scale: float) -> None:
+    """It multiplies the narrow side, bit for bit, wherever it is applied."""
+    from mixtral_run.model.kernels.grouped_mm import outer_product
+
+    offsets = torch.tensor(routing, device="cuda").cumsum(0).int()
+    rows, inner = (torch.randn(sum(routing), size, device="cuda").bfloat16() for size in (1000, 16))
+    found = outer_product(rows, inner, offsets, dtype=torch.float32, scale=scale)
+    assert torch.equal(found, outer_product(rows, inner * scale, offsets, dtype=torch.float32))
+
+
+@pytest.mark.skipif(torch.cuda.get_device_capability() < (8, 0), reason="other GPUs use the path in grouped_mm.py")
+@pytest.mark.parametrize("splits", [1, 4, 15, 16, 17, 56])
+def test_sums_of_parts_in_their_order(splits: int) -> None:
+    from mixtral_run.model.kernels.narrow_mm_triton import _sum
+
+    parts = torch.randn(splits, 300, 16, device="cuda")
+    offsets, found = torch.tensor([3, 290], device="cuda").int(), torch.empty(300, 16, device="cuda")
+    _sum(parts, 0.5, offsets, found)
+    expected = torch.zeros_like(found)
+    for part in parts:
+        expected[:290] += part[:290]
+    assert torch.equal(found, 0.5 * expected)
 
 
 @pytest.mark.skipif(torch.cuda.get_device_capability() < (8, 0), reason="other GPUs use the path in grouped_mm.py")
