@@ -32,8 +32,9 @@ PARTS = {
     "loss": r"_cross_entropy_",
     "attention": r"flash|fmha|sdpa|attention",
     "dense products": r"gemm|nvjet|cutlass|xmma|splitK|gemv|dot_kernel|reduce_1Block",
-    "permutation": r"_add_rows_kernel|_spread_kernel|_count_kernel|_place_kernel|index_?[sS]elect|gather|index_elem",
-    "router": r"_choose_|topk|sort|bitonic|radix|_mix_rows_kernel|softmax|_row_products|scatter",
+    "permutation": r"_add_rows_kernel|_spread_kernel|_count_kernel|_place_kernel|_sort_few_kernel"
+    r"|index_?[sS]elect|gather|index_elem",
+    "router": r"_choose_|_route_backward_kernel|topk|sort|bitonic|radix|_mix_rows_kernel|softmax|_row_products|scatter",
     "norms": r"norm|rsqrt",
     "rotary": r"_rotate_kernel",
     "optimizer and clipping": r"multi_tensor|adam|foreach|lpnorm",

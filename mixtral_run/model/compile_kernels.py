@@ -67,9 +67,10 @@ def common_calls(experts: int) -> Iterator[Call]:
         parts = [tensor(TOKENS, 1, count, shape.kv_channels) for count in (32, 8, 8)]
         for tokens_of_a_step in (512, 1024, 2048, 4096, 8192):
             choices = tensor(tokens_of_a_step * topk, dtype=torch.int64)
-            yield partial(sort_triton.sort_choices, choices, shape.num_experts)
-        yield partial(permute_triton.mix_rows, tensor(TOKENS, experts, dtype=torch.float32), tensor(experts, hidden))
-        yield partial(permute_triton.add_rows, tensor(rows, hidden), probs, inverse)
+            yield partial(sort_triton.sort_choices, choices, shape.num_experts, topk)
+        residual = tensor(TOKENS, hidden)
+        yield partial(permute_triton.add_rows, tensor(rows, hidden), probs, inverse, topk, residual=residual)
+        yield partial(permute_triton.add_rows, tensor(rows, hidden), None, inverse, topk)
         yield partial(permute_triton.spread, tensor(TOKENS, hidden), None, probs, inverse, rows)
         stream, weight, factors = tensor(TOKENS, hidden), tensor(hidden), tensor(TOKENS, dtype=torch.float32)
         for addition in (None, stream):
@@ -79,7 +80,8 @@ def common_calls(experts: int) -> Iterator[Call]:
         yield partial(cross_entropy_triton.forward, logits, labels)
         yield partial(cross_entropy_triton.backward, logits, labels, factors, factors)
         yield partial(router_triton.choose, tensor(TOKENS, experts, dtype=torch.float32), topk)
-        yield partial(router_triton.choose_backward, probs, tensor(TOKENS, topk, dtype=torch.int64), probs, experts)
+        chosen = tensor(TOKENS, topk, dtype=torch.int64)
+        yield partial(router_triton.route_backward, probs, chosen, probs, tensor(experts, hidden), residual)
         yield partial(rotary_triton.split_and_rotate, tensor(*mixed), angles, angles)
         yield partial(rotary_triton.rotate_back_and_join, parts, torch.Size(mixed), angles, angles)
     inner, wide = tensor(rows, RANK), tensor(rows, 2 * ffn)
@@ -94,7 +96,8 @@ def common_calls(experts: int) -> Iterator[Call]:
     yield partial(narrow.narrow_outer_product, tensor(rows, hidden), inner, offsets, narrow_first=False, dtype=fp32)
     given = (wide, inner, first_out, 2.0, offsets, tensor(rows, ffn), tensor(rows, dtype=torch.float32))
     for quantized_by in (None, tensor(experts, 2 * ffn, dtype=fp32)):
-        yield partial(swiglu_triton.recomputing_backward, *given, quantized_by)
+        order = index if whole else None
+        yield partial(swiglu_triton.recomputing_backward, *given, quantized_by, order)
     yield partial(narrow.narrow_outer_product, tensor(rows, ffn), inner, offsets, narrow_first=True, dtype=fp32)
     if narrow.both_pay(wide):
         yield partial(narrow.both_narrow_products, wide, first_out, inner, 2.0, offsets, fp32)
@@ -126,7 +129,7 @@ def exchange_calls(experts: int) -> Iterator[Call]:
             yield partial(
                 sort_triton.route, addresses, addresses, (tokens, topk), shape.num_experts, own, rows, overflow
             )
-        yield partial(sort_triton.sort_choices, tensor(size * tokens * topk, dtype=int64), experts + 1)
+        yield partial(sort_triton.sort_choices, tensor(size * tokens * topk, dtype=int64), experts + 1, topk)
     tokens, rows = TOKENS, rows_with_room(TOKENS * topk * size, size)
     routes = sort_triton.Routes(
         source=tensor(rows, dtype=int32),
@@ -145,7 +148,8 @@ def exchange_calls(experts: int) -> Iterator[Call]:
     yield partial(memory.pick, addresses, routes, slice(0, tokens))
     everyone = (tensor(size * tokens, topk, dtype=fp32), tensor(size * tokens * topk, dtype=int64))
     end = routes.offsets[-1:]
-    yield partial(permute_triton.add_rows, outputs, *everyone, end)
+    for factors in (everyone[0], None):
+        yield partial(permute_triton.add_rows, outputs, factors, everyone[1], topk, end)
     yield partial(permute_triton.spread, tensor(size * tokens, hidden), None, *everyone, rows, end)
 
 

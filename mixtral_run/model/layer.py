@@ -117,8 +117,8 @@ class MixtralLayer(MegatronModule, BaseTransformerLayer):
         recipe = self.pre_mlp_layernorm.recipe(hidden) if selective else None
         # A layer that runs again has gradients enabled the second time only, when nothing reads its output.
         unread = self.recompute in RUNS_AGAIN and self.training and torch.is_grad_enabled()
-        output: Tensor = hidden + self.mlp(
-            normed, recipe, inputs.dispatcher, num_chunks=inputs.expert_chunks, unread=unread
+        output: Tensor = self.mlp(
+            normed, recipe, inputs.dispatcher, num_chunks=inputs.expert_chunks, unread=unread, residual=hidden
         )
         return output
 

@@ -77,8 +77,8 @@ def adapted_experts(
         permutation: the rows of the tokens that the experts compute.
         first, second: frozen weights of both linear layers.
         recipe: how to recompute the tokens, which then are not saved.
-        probs: fp32 [rows], the routing probability of each row; they get the gradient of factors of a result that is
-            linear in the outputs.
+        probs: fp32 [rows], the routing probability of each row, or, where `permutation.order` is given, [tokens, topk],
+            those of all choices; they get the gradient of factors of a result that is linear in the outputs.
         unread: True if only the gradients of the outputs are wanted. Then the outputs are zeros.
     """
     make, saved = (recipe.make, recipe.sources) if recipe is not None else (None, (tokens.detach(),))
@@ -114,9 +114,8 @@ class _AdaptedExperts(torch.autograd.Function):
         first_inner = product(tokens, halves[0].transpose(1, 2), offsets, permutation.source)
         active = swiglu_of(hidden, first_inner, halves[1], scale, offsets) if not unread else None
         second_inner = _second_inner(active, halves[2], offsets, scale) if active is not None else None
-        ctx.save_for_backward(
-            hidden, first_inner, second_inner, probs, offsets, permutation.source, permutation.inverse, *halves, *saved
-        )
+        index = (permutation.source, permutation.inverse, permutation.order)
+        ctx.save_for_backward(hidden, first_inner, second_inner, probs, offsets, *index, *halves, *saved)
         ctx.layers, ctx.scale, ctx.make, ctx.topk = (first, second), scale, make, permutation.topk
         ctx.partial = permutation.partial
         ctx.dtypes = [each.dtype for each in parameters]
@@ -126,14 +125,14 @@ class _AdaptedExperts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, first_inner, second_inner, probs, offsets, source, inverse, *rest = ctx.saved_tensors
+        hidden, first_inner, second_inner, probs, offsets, source, inverse, order, *rest = ctx.saved_tensors
         (first_in, first_out, second_in, second_out), saved = rest[:4], rest[4:]
         (first, second), scale = ctx.layers, ctx.scale
         gradient = gradients[0].contiguous()
         for_inner = product(gradient, second_out, offsets, scale=scale)
         for_active = second.gradient(gradient, offsets, for_inner, second_in)
         for_hidden, active, for_probs, row_scales = recomputing_backward(
-            hidden, first_inner, first_out, scale, offsets, for_active, probs, first.factors(hidden)
+            hidden, first_inner, first_out, scale, offsets, for_active, probs, first.factors(hidden), order
         )
         for_second_in = outer_product(for_inner, active, offsets, dtype=ctx.dtypes[2])
         if second_inner is None:
@@ -150,8 +149,7 @@ class _AdaptedExperts(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             for_tokens = first.gradient(for_hidden, offsets, for_inner, first_in, row_scales)
             if inverse is not None:
-                ones = torch.ones(inverse.numel() // ctx.topk, ctx.topk, device=gradient.device)
-                for_tokens = add_rows(for_tokens, ones, inverse, offsets[-1:] if ctx.partial else None)
+                for_tokens = add_rows(for_tokens, None, inverse, ctx.topk, offsets[-1:] if ctx.partial else None)
         adapters = (for_first_in, for_first_out, for_second_in, for_second_out)
         return (
             for_tokens,

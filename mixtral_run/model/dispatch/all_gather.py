@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mixtral_run.model.dispatch.base import ExpertInputs, TokenDispatcher
+from mixtral_run.model.dispatch.base import ExpertInputs, TokenDispatcher, added
 from mixtral_run.model.dispatch.overflow import RowCapacity
 from mixtral_run.model.dispatch.permute import Permutation, sort_by_expert, unpermute
 from mixtral_run.model.parallel.megatron import (
@@ -78,21 +78,21 @@ class AllGatherDispatcher(TokenDispatcher[AllGatherTrip]):
         chosen = gathered.experts.flatten() - self._group.rank() * count
         # Choices of other processes' experts come last.
         chosen = torch.where((chosen >= 0) & (chosen < count), chosen, count)
-        order, inverse, offsets = sort_by_expert(chosen, count + 1)
+        order, inverse, offsets, source = sort_by_expert(chosen, count + 1, topk)
         num_rows = self._capacity.num_rows(chosen.numel(), self._group.size())
         offsets = self._capacity.bound(offsets[:count], num_rows)
-        order, end = order[:num_rows], offsets[-1:]
+        order, source, end = order[:num_rows], source[:num_rows], offsets[-1:]
         exists = torch.arange(num_rows, device=order.device) < end
         row_probs = gathered.probs.flatten().index_select(0, order).where(exists, 0.0)
         trip = AllGatherTrip(gathered.probs, order, inverse, end)
         if indexed:
-            permutation = Permutation(offsets, order // topk, inverse, topk, partial=True)
+            permutation = Permutation(offsets, source, inverse, topk, partial=True)
             return ExpertInputs(gathered.tokens, permutation, None, row_probs), trip
-        return ExpertInputs(gathered.tokens.index_select(0, order // topk), Permutation(offsets)), trip
+        return ExpertInputs(gathered.tokens.index_select(0, source), Permutation(offsets)), trip
 
-    def combine(self, outputs: Tensor, trip: AllGatherTrip) -> Tensor:
+    def combine(self, outputs: Tensor, trip: AllGatherTrip, residual: Tensor | None = None) -> Tensor:
         parts = unpermute(outputs, trip.probs.detach().contiguous(), trip.order, trip.inverse, trip.end)
-        return sum_to_owners(parts, self._group)
+        return added(residual, sum_to_owners(parts, self._group))
 
     def overflowed(self, mesh: Mesh) -> bool:
         return self._capacity.exceeded(mesh)

@@ -46,8 +46,9 @@ class AllToAllDispatcher(TokenDispatcher[AllToAllTrip]):
     def dispatch(
         self, tokens: Tensor, probs: Tensor, experts: Tensor, *, recipe: Recipe | None, indexed: bool
     ) -> tuple[ExpertInputs, AllToAllTrip]:
-        order, inverse, offsets = sort_by_expert(experts.flatten(), self._num_experts)
-        rows = permute(tokens, order, inverse, experts.shape[1])
+        topk = experts.shape[1]
+        order, inverse, offsets, source = sort_by_expert(experts.flatten(), self._num_experts, topk)
+        rows = permute(tokens, source, inverse, topk)
         size = self._group.size()
         counts = torch.diff(offsets, prepend=torch.zeros_like(offsets[:1]))
         incoming = torch.empty_like(counts)
@@ -69,7 +70,7 @@ class AllToAllDispatcher(TokenDispatcher[AllToAllTrip]):
         )
         return ExpertInputs(arrived, permutation, recipe), trip
 
-    def combine(self, outputs: Tensor, trip: AllToAllTrip) -> Tensor:
+    def combine(self, outputs: Tensor, trip: AllToAllTrip, residual: Tensor | None = None) -> Tensor:
         outputs = regroup(outputs, trip.blocks, trip.by_sender)
         returned: Tensor = all_to_all(self._group, outputs, trip.sent, trip.received)
-        return unpermute(returned, trip.probs, trip.order, trip.inverse)
+        return unpermute(returned, trip.probs, trip.order, trip.inverse, residual=residual)

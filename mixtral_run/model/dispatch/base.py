@@ -24,8 +24,9 @@ class ExpertInputs:
     """Arguments for the experts of this process.
 
     tokens [tokens, hidden]: the permuted tokens, or, where `permutation.source` is given, the tokens that it indexes.
-    recipe: how to recompute `tokens`. probs: fp32 [rows], the routing probability of each permuted token; the experts
-    give it its gradient (kernels/routing/router_probs.py).
+    recipe: how to recompute `tokens`. probs: fp32 [rows], the routing probability of each permuted token, or, where
+    `permutation.order` is given, [tokens, topk], those of all choices; the experts give them their gradient
+    (kernels/routing/router_probs.py).
     """
 
     tokens: Tensor
@@ -55,10 +56,11 @@ class TokenDispatcher(ABC, Generic[Trip]):
         """
 
     @abstractmethod
-    def combine(self, outputs: Tensor, trip: Trip) -> Tensor:
+    def combine(self, outputs: Tensor, trip: Trip, residual: Tensor | None = None) -> Tensor:
         """Return for each token of this process the sum of its experts' outputs times probs: [tokens, hidden].
 
-        outputs: [rows, hidden], what the experts computed of the inputs that `dispatch` returned with `trip`.
+        outputs: [rows, hidden], what the experts computed of the inputs that `dispatch` returned with `trip`. residual:
+        [tokens, hidden], added to the sum.
         """
 
     def overflowed(self, mesh: Mesh) -> bool:
@@ -68,3 +70,8 @@ class TokenDispatcher(ABC, Generic[Trip]):
         """
         del mesh
         return False
+
+
+def added(residual: Tensor | None, output: Tensor) -> Tensor:
+    """Return residual + output, or output if there is no residual."""
+    return output if residual is None else residual + output

@@ -34,22 +34,20 @@ class LocalDispatcher(TokenDispatcher[LocalTrip]):
         if not indexed and recipe is None and are_few(tokens):
             rows, order, inverse, offsets = sorted_rows(tokens, experts, self._num_experts)
             return ExpertInputs(rows, Permutation(offsets)), LocalTrip(probs, order, inverse)
-        order, inverse, offsets = sort_by_expert(experts.flatten(), self._num_experts)
+        order, inverse, offsets, source = sort_by_expert(experts.flatten(), self._num_experts, topk)
         if not indexed and recipe is None:
-            rows = permute(tokens, order, inverse, topk)
+            rows = permute(tokens, source, inverse, topk)
             return ExpertInputs(rows, Permutation(offsets)), LocalTrip(probs, order, inverse)
-        row_probs = sorted_probs(probs, order, inverse)
-        source = order // topk
         # The experts give the probabilities their gradient; detached here, the outputs need not be kept for it.
         trip = LocalTrip(probs.detach(), order, inverse)
         if indexed:
-            permutation = Permutation(offsets, source, inverse, topk)
-            return ExpertInputs(tokens, permutation, recipe, row_probs), trip
+            permutation = Permutation(offsets, source, inverse, topk, order=order)
+            return ExpertInputs(tokens, permutation, recipe, probs), trip
         assert recipe is not None
         width = tokens.shape[-1]
         recipe = recipe.then(lambda hidden, index: hidden.reshape(-1, width).index_select(0, index), source)
-        rows = permute(tokens, order, inverse, topk)
-        return ExpertInputs(rows, Permutation(offsets), recipe, row_probs), trip
+        rows = permute(tokens, source, inverse, topk)
+        return ExpertInputs(rows, Permutation(offsets), recipe, sorted_probs(probs, order, inverse)), trip
 
-    def combine(self, outputs: Tensor, trip: LocalTrip) -> Tensor:
-        return unpermute(outputs, trip.probs, trip.order, trip.inverse)
+    def combine(self, outputs: Tensor, trip: LocalTrip, residual: Tensor | None = None) -> Tensor:
+        return unpermute(outputs, trip.probs, trip.order, trip.inverse, residual=residual)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ class Permutation:
 
     offsets: int32 [local experts], see kernels/grouped_mm.py. source: int64 [rows], the token of each row. inverse:
     int64 [tokens·topk], see above. topk: rows of a token. Without source and inverse the tokens are the rows. partial:
-    `inverse` covers more than these rows; those of other processes are at or after the last of `offsets`.
+    `inverse` covers more than these rows; those of other processes are at or after the last of `offsets`. order: int64
+    [rows], see above; with it, probabilities of the rows are given as those of the choices, [tokens, topk].
     """
 
     offsets: Tensor
@@ -30,28 +31,39 @@ class Permutation:
     inverse: Tensor | None = None
     topk: int = 1
     partial: bool = False
+    order: Tensor | None = None
 
 
-def sort_by_expert(chosen: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sort choices by expert, stably, and return order, inverse and offsets. Never waits for the GPU.
-
-    chosen: int64 [choices], numbers below `count`. order, inverse: int64 [choices]; offsets: int32 [count], the end of
-    each number's choices.
+class SortedChoices(NamedTuple):
+    """Choices sorted by expert. order, inverse: int64 [choices], see above. offsets: int32 [experts], the end of each
+    expert's choices. source: int64 [choices], order // topk, the token of each row.
     """
+
+    order: Tensor
+    inverse: Tensor
+    offsets: Tensor
+    source: Tensor
+
+
+def sort_by_expert(chosen: Tensor, count: int, topk: int = 1) -> SortedChoices:
+    """Sort choices by expert, stably. Never waits for the GPU. chosen: int64 [choices], numbers below `count`."""
     if chosen.is_cuda and chosen.numel():
         from mixtral_run.model.kernels.sort_triton import sort_choices
 
-        return sort_choices(chosen, count)
+        return SortedChoices(*sort_choices(chosen.contiguous(), count, topk))
     order = chosen.argsort(stable=True)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.numel(), device=order.device)
     counts = (chosen[:, None] == torch.arange(count, device=chosen.device)).sum(0)
-    return order, inverse, counts.cumsum(0).int()
+    return SortedChoices(order, inverse, counts.cumsum(0).int(), order // topk)
 
 
-def permute(tokens: Tensor, order: Tensor, inverse: Tensor, topk: int) -> Tensor:
-    """Return rows [tokens·topk, hidden] of tokens [tokens, hidden]: each token once for each expert that it chose."""
-    rows: Tensor = _Permute.apply(tokens, order, inverse, topk)  # type: ignore[no-untyped-call]
+def permute(tokens: Tensor, source: Tensor, inverse: Tensor, topk: int) -> Tensor:
+    """Return rows [tokens·topk, hidden] of tokens [tokens, hidden]: each token once for each expert that it chose.
+
+    source: int64 [tokens·topk], the token of each row.
+    """
+    rows: Tensor = _Permute.apply(tokens, source, inverse, topk)  # type: ignore[no-untyped-call]
     return rows
 
 
@@ -61,13 +73,21 @@ def sorted_probs(probs: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     return rows
 
 
-def unpermute(rows: Tensor, probs: Tensor, order: Tensor, inverse: Tensor, end: Tensor | None = None) -> Tensor:
-    """Return tokens [tokens, hidden]: the sum of each token's rows [tokens·topk, hidden] times probs [tokens, topk].
+def unpermute(
+    rows: Tensor,
+    probs: Tensor,
+    order: Tensor,
+    inverse: Tensor,
+    end: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Return tokens [tokens, hidden]: the sum of each token's rows [tokens·topk, hidden] times probs [tokens, topk],
+    to which residual [tokens, hidden] is added if given.
 
     With `end` there may be fewer rows, and probs get no gradient.
     """
     assert end is None or not probs.requires_grad
-    tokens: Tensor = _Unpermute.apply(rows, probs, order, inverse, end)  # type: ignore[no-untyped-call]
+    tokens: Tensor = _Unpermute.apply(rows, probs, order, inverse, end, residual)  # type: ignore[no-untyped-call]
     return tokens
 
 
@@ -84,17 +104,15 @@ def regroup(rows: Tensor, sizes: Sequence[int], order: Sequence[int]) -> Tensor:
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, order: Tensor, inverse: Tensor, topk: int) -> Tensor:
+    def forward(ctx: Any, tokens: Tensor, source: Tensor, inverse: Tensor, topk: int) -> Tensor:
         ctx.save_for_backward(inverse)
         ctx.topk = topk
-        return tokens.index_select(0, order // topk)
+        return tokens.index_select(0, source)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         (inverse,) = ctx.saved_tensors
-        gradient = gradients[0].contiguous()
-        ones = torch.ones(inverse.numel() // ctx.topk, ctx.topk, device=gradient.device)
-        return add_rows(gradient, ones, inverse), None, None, None
+        return add_rows(gradients[0].contiguous(), None, inverse, ctx.topk), None, None, None
 
 
 class _SortedProbs(torch.autograd.Function):
@@ -112,39 +130,59 @@ class _SortedProbs(torch.autograd.Function):
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, probs: Tensor, order: Tensor, inverse: Tensor, end: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        probs: Tensor,
+        order: Tensor,
+        inverse: Tensor,
+        end: Tensor | None,
+        residual: Tensor | None,
+    ) -> Tensor:
         # Only the gradient of probs needs the rows.
         ctx.save_for_backward(rows if probs.requires_grad else None, probs, order, inverse, end)
         ctx.num_rows = rows.shape[0]
-        return add_rows(rows, probs, inverse, end)
+        return add_rows(rows, probs, inverse, probs.shape[1], end, residual)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         rows, probs, order, inverse, end = ctx.saved_tensors
         gradient = gradients[0].contiguous()
+        for_residual = gradients[0] if ctx.needs_input_grad[5] else None
         if gradient.is_cuda and inverse.numel():
             from mixtral_run.model.kernels.permute_triton import spread
 
-            return *spread(gradient, rows, probs, inverse, ctx.num_rows, end), None, None, None
+            return *spread(gradient, rows, probs, inverse, ctx.num_rows, end), None, None, None, for_residual
         topk, order = probs.shape[1], order[: ctx.num_rows]
         for_rows = gradient.index_select(0, order // topk) * probs.flatten()[order, None].to(gradient.dtype)
         if rows is None:
-            return for_rows, None, None, None, None
+            return for_rows, None, None, None, None, for_residual
         picked = rows.index_select(0, inverse).view(*probs.shape, rows.shape[1])
         for_probs = (picked * gradient[:, None]).sum(-1, dtype=probs.dtype)
-        return for_rows, for_probs, None, None, None
+        return for_rows, for_probs, None, None, None, for_residual
 
 
-def add_rows(rows: Tensor, probs: Tensor, inverse: Tensor, end: Tensor | None = None) -> Tensor:
-    """Return Σ over k of probs[t, k] · rows[inverse[t·topk + k]]: [tokens, hidden] in rows' dtype, summed in fp32."""
+def add_rows(
+    rows: Tensor,
+    probs: Tensor | None,
+    inverse: Tensor,
+    topk: int,
+    end: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Return Σ over k of probs[t, k] · rows[inverse[t·topk + k]]: [tokens, hidden] in rows' dtype, summed in fp32.
+
+    probs: None for ones. residual: [tokens, hidden] in rows' dtype, added to the sum after it is cast to that dtype.
+    """
     if rows.is_cuda and rows.numel():
         from mixtral_run.model.kernels.permute_triton import add_rows as on_gpu
 
-        return on_gpu(rows.contiguous(), probs, inverse, end)
+        return on_gpu(rows.contiguous(), probs, inverse, topk, end, residual)
     if end is not None:
         exists = inverse < end
         picked = rows.index_select(0, inverse.where(exists, 0)).where(exists[:, None], 0.0)
     else:
         picked = rows.index_select(0, inverse)
-    picked = picked.view(*probs.shape, rows.shape[1])
-    return (picked * probs[..., None].to(rows.dtype)).sum(dim=1)
+    picked = picked.view(-1, topk, rows.shape[1])
+    output = (picked if probs is None else picked * probs[..., None].to(rows.dtype)).sum(dim=1)
+    return output if residual is None else residual + output

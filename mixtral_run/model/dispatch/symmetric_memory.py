@@ -31,7 +31,7 @@ from torch import Tensor
 
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.model.dispatch import capacity
-from mixtral_run.model.dispatch.base import ExpertInputs, TokenDispatcher
+from mixtral_run.model.dispatch.base import ExpertInputs, TokenDispatcher, added
 from mixtral_run.model.dispatch.overflow import RowCapacity
 from mixtral_run.model.dispatch.permute import Permutation
 from mixtral_run.model.parallel.mesh import Mesh, everywhere, refused
@@ -255,8 +255,8 @@ class SymmetricMemoryDispatcher(TokenDispatcher[SymmetricMemoryTrip]):
         trip = SymmetricMemoryTrip(probs.detach(), routes)
         return ExpertInputs(rows, Permutation(routes.offsets), None, row_probs), trip
 
-    def combine(self, outputs: Tensor, trip: SymmetricMemoryTrip) -> Tensor:
-        return self.exchange.sum_to_owners(outputs, trip.probs, trip.routes)
+    def combine(self, outputs: Tensor, trip: SymmetricMemoryTrip, residual: Tensor | None = None) -> Tensor:
+        return added(residual, self.exchange.sum_to_owners(outputs, trip.probs, trip.routes))
 
     def overflowed(self, mesh: Mesh) -> bool:
         return self._capacity.exceeded(mesh)

@@ -16,11 +16,14 @@ def _add_rows_kernel(
     probs_ptr,
     inverse_ptr,
     end_ptr,
+    residual_ptr,
     output_ptr,
     hidden,
     TOPK: tl.constexpr,
     BLOCK: tl.constexpr,
+    HAS_PROBS: tl.constexpr,
     HAS_END: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -28,10 +31,18 @@ def _add_rows_kernel(
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for choice in tl.static_range(TOPK):
         row = tl.load(inverse_ptr + token * TOPK + choice)
-        prob = tl.load(probs_ptr + token * TOPK + choice)
         exists = mask & (row < tl.load(end_ptr)) if HAS_END else mask
-        total += prob * tl.load(rows_ptr + row * hidden + columns, mask=exists, other=0.0).to(tl.float32)
-    tl.store(output_ptr + token * hidden + columns, total.to(output_ptr.dtype.element_ty), mask=mask)
+        value = tl.load(rows_ptr + row * hidden + columns, mask=exists, other=0.0).to(tl.float32)
+        if HAS_PROBS:
+            total += tl.load(probs_ptr + token * TOPK + choice) * value
+        else:
+            total += value
+    places = token * hidden + columns
+    result = total.to(output_ptr.dtype.element_ty)
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + places, mask=mask, other=0.0).to(tl.float32)
+        result = (residual + result.to(tl.float32)).to(output_ptr.dtype.element_ty)
+    tl.store(output_ptr + places, result, mask=mask)
 
 
 @triton.jit
@@ -68,22 +79,31 @@ def _spread_kernel(
             tl.store(for_probs_ptr + token * TOPK + choice, tl.sum(total, axis=0))
 
 
-def add_rows(rows: Tensor, probs: Tensor, inverse: Tensor, end: Tensor | None = None) -> Tensor:
+def add_rows(
+    rows: Tensor,
+    probs: Tensor | None,
+    inverse: Tensor,
+    topk: int,
+    end: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
     """Compute permute.add_rows. rows are contiguous, probs fp32, inverse int64."""
-    tokens, topk = probs.shape
-    hidden = rows.shape[1]
+    tokens, hidden = inverse.numel() // topk, rows.shape[1]
     output = torch.empty(tokens, hidden, dtype=rows.dtype, device=rows.device)
     grid = (tokens, triton.cdiv(hidden, BLOCK))
     _add_rows_kernel[grid](
         rows,
-        probs.contiguous(),
+        probs.contiguous() if probs is not None else rows,
         inverse,
         end if end is not None else inverse,
+        residual.contiguous() if residual is not None else rows,
         output,
         hidden,
         TOPK=topk,
         BLOCK=BLOCK,
+        HAS_PROBS=probs is not None,
         HAS_END=end is not None,
+        HAS_RESIDUAL=residual is not None,
     )
     return output
 

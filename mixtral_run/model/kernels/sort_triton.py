@@ -1,10 +1,10 @@
 """Triton kernels for a stable counting sort of choices by expert, of one process or of a whole expert group.
 
 A choice is token·topk + k. A program handles a block of choices: the first kernel counts each expert in the block; the
-second, from the counts of all blocks, computes where each choice goes. Among the choices of several processes, the rows
-of one process's experts are consecutive, beginning at `starts` of that process; for its own rows a process also writes
-the token and the routing probability. Kernels whose tiles have rows of one expert find them by `place_tile`.
-Import this module only on machines with a GPU.
+second, from the counts of all blocks, computes where each choice goes. Few choices of one process are sorted by one
+kernel, whose programs count all of them. Among the choices of several processes, the rows of one process's experts are
+consecutive, beginning at `starts` of that process; for its own rows a process also writes the routing probability.
+Kernels whose tiles have rows of one expert find them by `place_tile`. Import this module only on machines with a GPU.
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 512
+MOST_AT_ONCE, FEW_EXPERTS = 8192, 16
+"""Most choices, and most experts, that the single kernel sorts. A sum of counts must fit into 15 bits."""
+ONES = tl.constexpr(0x0001000100010001)
+"""One in each of four fields of 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,7 @@ def _place_kernel(
     counts_ptr,
     inverse_ptr,
     order_ptr,
+    source_ptr,
     row_probs_ptr,
     offsets_ptr,
     starts_ptr,
@@ -129,7 +134,7 @@ def _place_kernel(
         start = tl.sum(tl.where(numbers < first, totals, 0), axis=0)
         row = inverse - start
         own = mask & (expert >= first) & (expert < first + EACH) & (row < num_rows)
-        tl.store(order_ptr + row, choices // TOPK, mask=own)
+        tl.store(source_ptr + row, choices // TOPK, mask=own)
         tl.store(row_probs_ptr + row, tl.load(probs_ptr + choices, mask=mask), mask=own)
         if block == 0:
             mine = (numbers >= first) & (numbers < first + EACH)
@@ -140,20 +145,85 @@ def _place_kernel(
             tl.store(overflow_ptr, tl.maximum(tl.load(overflow_ptr), (rows - num_rows).to(tl.int64)))
     else:
         tl.store(order_ptr + inverse, choices, mask=mask)
+        tl.store(source_ptr + inverse, choices // TOPK, mask=mask)
         if block == 0:
             tl.store(offsets_ptr + numbers, offsets, mask=numbers < num_experts)
 
 
-def sort_choices(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+@triton.jit
+def _sort_few_kernel(
+    experts_ptr,
+    order_ptr,
+    inverse_ptr,
+    source_ptr,
+    offsets_ptr,
+    length,
+    num_experts,
+    TOPK: tl.constexpr,
+    WORDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALL: tl.constexpr,
+):
+    """Sort a block of choices, given all of them. A word holds the counts of four experts, 16 bits each: a single sum
+    counts four experts, and a product with ones in all fields sums the fields up to each.
+    """
+    first = tl.program_id(0) * BLOCK
+    everyone = tl.arange(0, ALL)
+    # The expert in place of one that does not exist is in no word.
+    others = tl.load(experts_ptr + everyone, mask=everyone < length, other=4 * WORDS)
+    choices = first + tl.arange(0, BLOCK)
+    mask = choices < length
+    expert = tl.load(experts_ptr + choices, mask=mask, other=4 * WORDS)
+    one_of_others = tl.full([ALL], 1, dtype=tl.int64) << (others % 4 * 16)
+    field = expert % 4 * 16
+    one = tl.full([BLOCK], 1, dtype=tl.int64) << field
+    inverse = tl.zeros([BLOCK], dtype=tl.int64)
+    base = tl.full([], 0, dtype=tl.int64)
+    for word in tl.static_range(WORDS):
+        counted = tl.where(others // 4 == word, one_of_others, 0)
+        totals = tl.sum(counted, axis=0)
+        before = tl.sum(tl.where(everyone < first, counted, 0), axis=0)
+        ends = totals * ONES + base * ONES
+        mine = tl.where(expert // 4 == word, one, 0)
+        places = ends - totals + before + tl.cumsum(mine, axis=0) - mine
+        inverse = tl.where(expert // 4 == word, (places >> field) & 0xFFFF, inverse)
+        if tl.program_id(0) == 0:
+            fields = tl.arange(0, 4)
+            tl.store(
+                offsets_ptr + 4 * word + fields, (ends >> (fields * 16)) & 0xFFFF, mask=4 * word + fields < num_experts
+            )
+        base = (ends >> 48) & 0xFFFF
+    tl.store(inverse_ptr + choices, inverse, mask=mask)
+    tl.store(order_ptr + inverse, choices, mask=mask)
+    tl.store(source_ptr + inverse, choices // TOPK, mask=mask)
+
+
+def sort_choices(experts: Tensor, num_experts: int, topk: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute permute.sort_by_expert. experts are contiguous."""
     length = experts.numel()
-    order, inverse = torch.empty_like(experts), torch.empty_like(experts)
+    order, inverse, source = torch.empty(3, length, dtype=experts.dtype, device=experts.device)
     offsets = torch.empty(num_experts, dtype=torch.int32, device=experts.device)
+    if length <= MOST_AT_ONCE and num_experts <= FEW_EXPERTS:
+        _sort_few_kernel[(triton.cdiv(length, BLOCK),)](
+            experts,
+            order,
+            inverse,
+            source,
+            offsets,
+            length,
+            num_experts,
+            TOPK=topk,
+            WORDS=triton.cdiv(num_experts, 4),
+            BLOCK=BLOCK,
+            ALL=triton.next_power_of_2(length),
+            num_warps=8,
+        )
+        return order, inverse, offsets, source
     # Results that ALL_RANKS asks for are not written; any tensor stands in for them.
-    results = (inverse, order, order, offsets, offsets, offsets)
-    sizes = (length, length)
-    _run(1, (experts, experts), (experts, experts), results, sizes, range(num_experts), num_experts, 1, all_ranks=False)
-    return order, inverse, offsets
+    results = (inverse, order, source, order, offsets, offsets, offsets)
+    sizes, own = (length, length), range(num_experts)
+    _run(1, (experts, experts), (experts, experts), results, sizes, own, num_experts, topk, all_ranks=False)
+    return order, inverse, offsets, source
 
 
 def route(
@@ -181,7 +251,8 @@ def route(
     source, offsets, starts = (
         torch.empty(count, dtype=torch.int32, device=device) for count in (num_rows, len(own), num_experts // len(own))
     )
-    results = (inverse, source, row_probs, offsets, starts, overflow)
+    # The order of the choices is not written; any tensor stands in for it.
+    results = (inverse, inverse, source, row_probs, offsets, starts, overflow)
     read, sizes = (all_probs, all_experts), (tokens * topk, num_rows)
     _run(size, (probs, experts), read, results, sizes, own, num_experts, topk, all_ranks=True)
     return Routes(source, row_probs, offsets, inverse, starts, all_experts)

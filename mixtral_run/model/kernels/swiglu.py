@@ -71,21 +71,24 @@ def recomputing_backward(
     gradient: Tensor,
     probs: Tensor | None = None,
     factors: Tensor | None = None,
+    order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return what the backward pass of `swiglu_of` needs, given the gradient of its result [tokens, ffn].
+
+    order: int64 [tokens], the index in probs, of any shape, of each row's probability; None if they are [tokens].
 
     Returns:
         hidden's gradient;
         the result, recomputed bit for bit;
-        for each row the scalar product of the result and its gradient, fp32 or wider [tokens], over probs [tokens] if
-        given, and 0 where they are 0 (router_probs.py);
+        for each row the scalar product of the result and its gradient, fp32 or wider [tokens], over probs if given, and
+        0 where they are 0 (router_probs.py); with order, in the shape and the order of probs;
         with factors fp32 [experts, 2·ffn], the scales fp32 [tokens] with which the rows of hidden's gradient, times
         their expert's factors, are quantized (quantized_mm.quantize); otherwise None.
     """
     if _fused_runs(hidden, inner):
         from mixtral_run.model.kernels.swiglu_triton import recomputing_backward as on_gpu
 
-        return on_gpu(hidden, inner, outer, scale, offsets, gradient.contiguous(), probs, factors)
+        return on_gpu(hidden, inner, outer, scale, offsets, gradient.contiguous(), probs, factors, order)
     with torch.enable_grad():
         whole = (hidden + product(inner * scale, outer.transpose(1, 2), offsets)).detach().requires_grad_(True)
         active = swiglu(whole)
@@ -97,6 +100,10 @@ def recomputing_backward(
     if factors is not None and not hidden.is_cuda:
         rows = [part.float() * each for part, each in zip(each_experts(for_hidden, offsets), factors, strict=True)]
         scales = quantize(torch.cat(rows))[1]
+    if probs is not None and order is not None:
+        for_probs = torch.empty_like(probs)
+        for_probs.view(-1)[order] = over_probs(products, probs.flatten()[order]).to(probs.dtype)
+        return for_hidden, active, for_probs, scales
     return for_hidden, active, products if probs is None else over_probs(products, probs), scales
 
 
@@ -129,5 +136,5 @@ class _Fused(torch.autograd.Function):
             return for_hidden, None, None, None, None
         # The gradient of the adapter's output is that of hidden; both products read it once more.
         for_inner = product(for_hidden, outer, offsets, scale=ctx.scale)
-        for_outer = outer_product(for_hidden, inner * ctx.scale, offsets)
+        for_outer = outer_product(for_hidden, inner, offsets, scale=ctx.scale)
         return for_hidden, for_inner, for_outer, None, None

@@ -174,6 +174,7 @@ def _swiglu_backward_kernel(
 def _over_blocks_kernel(
     products_ptr,
     probs_ptr,
+    order_ptr,
     output_ptr,
     largest_ptr,
     scales_ptr,
@@ -182,20 +183,27 @@ def _over_blocks_kernel(
     BLOCKS: tl.constexpr,
     ROWS: tl.constexpr,
     HAS_PROBS: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
     HAS_FACTORS: tl.constexpr,
     LARGEST: tl.constexpr,
     TINY: tl.constexpr,
 ):
-    """Sum the products of all blocks of columns, over the probabilities; find the scales for the largest numbers."""
+    """Sum the products of all blocks of columns, over the probabilities; find the scales for the largest numbers.
+
+    order: where each row's probability and result are.
+    """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     blocks = tl.arange(0, BLOCKS)
     there = (blocks < num_blocks)[:, None] & (rows < tokens)[None, :]
     places = blocks[:, None].to(tl.int64) * tokens + rows[None, :]
     result = tl.sum(tl.load(products_ptr + places, mask=there, other=0.0), axis=0)
+    index = rows
+    if HAS_ORDER:
+        index = tl.load(order_ptr + rows, mask=rows < tokens, other=0)
     if HAS_PROBS:
-        probs = tl.load(probs_ptr + rows, mask=rows < tokens, other=0.0)
+        probs = tl.load(probs_ptr + index, mask=rows < tokens, other=0.0)
         result = tl.where(probs > 0, result / probs, 0.0)
-    tl.store(output_ptr + rows, result, mask=rows < tokens)
+    tl.store(output_ptr + index, result, mask=rows < tokens)
     if HAS_FACTORS:
         largest = tl.max(tl.load(largest_ptr + places, mask=there, other=0.0), axis=0)
         tl.store(scales_ptr + rows, tl.maximum(largest, TINY) / LARGEST, mask=rows < tokens)
@@ -233,6 +241,7 @@ def recomputing_backward(
     gradient: Tensor,
     probs: Tensor | None = None,
     factors: Tensor | None = None,
+    order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Compute swiglu.recomputing_backward."""
     tokens, ffn = gradient.shape
@@ -258,7 +267,8 @@ def recomputing_backward(
     )
     _over_blocks_kernel[(triton.cdiv(tokens, SUMMED),)](
         products,
-        probs if probs is not None else unused,
+        probs.contiguous() if probs is not None else unused,
+        order if order is not None else unused,
         result,
         largest,
         scales,
@@ -267,10 +277,13 @@ def recomputing_backward(
         BLOCKS=triton.next_power_of_2(blocks),
         ROWS=SUMMED,
         HAS_PROBS=probs is not None,
+        HAS_ORDER=order is not None,
         HAS_FACTORS=factors is not None,
         LARGEST=LARGEST,
         TINY=TINY,
     )
+    if probs is not None and order is not None:
+        result = result.view(probs.shape)
     return for_hidden, active, result, scales if factors is not None else None
 
 

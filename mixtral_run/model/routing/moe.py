@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.dispatch.all_to_all import AllToAllDispatcher
-from mixtral_run.model.dispatch.base import ExpertInputs, TokenDispatcher
+from mixtral_run.model.dispatch.base import ExpertInputs, TokenDispatcher, added
 from mixtral_run.model.dispatch.local import LocalDispatcher
 from mixtral_run.model.experts import Experts
 from mixtral_run.model.kernels.decoding.few_tokens import are_few, route
@@ -42,25 +42,62 @@ class Router(MegatronModule):
         )
         mark(self.weight, partial=config.sequence_parallel)
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Return routing probabilities fp32 and expert numbers int64, both [tokens, topk], for tokens [tokens, hidden].
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return routing probabilities fp32 and expert numbers int64, both [tokens, topk], for tokens [tokens, hidden],
+        and the tokens.
 
         The probabilities of a token sum to 1. All is computed in fp32: in bf16 a near tie sends a token to another
-        expert, which dominates the model's error.
+        expert, which dominates the model's error. All that follows must use the tokens that are returned: their
+        gradient is added where that of the router is computed.
         """
         if self.loss is None and are_few(tokens, self.weight):
-            return route(tokens, self.weight, self.topk)
+            return *route(tokens, self.weight, self.topk), tokens
+        if self.loss is None and _is_fused(tokens, self.weight):
+            routed: tuple[Tensor, Tensor, Tensor] = _Route.apply(tokens, self.weight, self.topk)  # type: ignore[no-untyped-call]
+            return routed
         logits = router_logits(tokens, self.weight)
         if self.loss is None:
-            return choose(logits, self.topk)
+            return *choose(logits, self.topk), tokens
         probs, experts = self.loss.attach(logits.softmax(dim=-1)).topk(self.topk, dim=-1)
-        return probs / probs.sum(dim=-1, keepdim=True), experts
+        return probs / probs.sum(dim=-1, keepdim=True), experts, tokens
+
+
+def _is_fused(tokens: Tensor, weight: Tensor) -> bool:
+    """Return True for bf16 on GPUs, with a frozen weight."""
+    is_bf16 = tokens.dtype is torch.bfloat16 and weight.dtype is torch.bfloat16
+    return tokens.is_cuda and is_bf16 and not weight.requires_grad and tokens.numel() > 0
+
+
+class _Route(torch.autograd.Function):
+    """`router_logits` and `choose` as one node, whose gradient is one kernel, together with the other gradient of the
+    tokens.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor]:
+        from mixtral_run.model.kernels.routing import router_triton
+
+        ctx.set_materialize_grads(False)
+        probs, experts = router_triton.choose(torch.mm(tokens, weight.t(), out_dtype=torch.float32), topk)
+        ctx.mark_non_differentiable(experts)
+        ctx.save_for_backward(probs, experts, weight)
+        return probs, experts, tokens.view_as(tokens)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None]:
+        from mixtral_run.model.kernels.routing.router_triton import route_backward
+
+        for_probs, _, for_tokens = gradients
+        if for_probs is None:
+            return for_tokens, None, None
+        probs, experts, weight = ctx.saved_tensors
+        rest = for_tokens.contiguous() if for_tokens is not None else None
+        return route_backward(probs, experts, for_probs.contiguous(), weight.contiguous(), rest), None, None
 
 
 def router_logits(tokens: Tensor, weight: Tensor) -> Tensor:
     """Return tokens [tokens, hidden] · weightᵀ, summed in fp32: [tokens, experts]."""
-    is_bf16 = tokens.dtype is torch.bfloat16 and weight.dtype is torch.bfloat16
-    if tokens.is_cuda and is_bf16 and not weight.requires_grad and tokens.numel():
+    if _is_fused(tokens, weight):
         logits: Tensor = _RouterLogits.apply(tokens, weight)  # type: ignore[no-untyped-call]
         return logits
     return torch.nn.functional.linear(tokens.float(), weight.float())
@@ -149,19 +186,22 @@ class MoELayer(MegatronModule):
         *,
         num_chunks: int = 1,
         unread: bool = False,
+        residual: Tensor | None = None,
     ) -> Tensor:
         """Return the layer's output for hidden [sequence (/ TP), batch, hidden], of the same shape.
 
         recipe: how to recompute `hidden` in the backward pass. dispatcher: of this pass; None for the layer's own.
         num_chunks: see expert_chunks.py, which saves `hidden` even if there is a recipe. unread: True if only the
-        gradients of the output are wanted, as of a layer that runs again; its values are then arbitrary. All ranks of
-        the expert group must call.
+        gradients of the output are wanted, as of a layer that runs again; its values are then arbitrary. residual: of
+        the same shape, added to the output. All ranks of the expert group must call.
         """
         dispatcher = dispatcher or self._dispatcher
         tokens = hidden.reshape(-1, hidden.shape[-1])
-        probs, experts = self.router(tokens)
+        probs, experts, tokens = self.router(tokens)
         if num_chunks == 1:
-            return self._dispatched(dispatcher, tokens, probs, experts, recipe, unread=unread).view_as(hidden)
+            rest = residual.reshape(tokens.shape) if residual is not None else None
+            routed = (tokens, probs, experts)
+            return self._dispatched(dispatcher, *routed, recipe, unread=unread, residual=rest).view_as(hidden)
 
         def compute(tokens: Tensor, probs: Tensor, experts: Tensor) -> Tensor:
             # A chunk has gradients enabled only when it runs again for its backward pass.
@@ -170,7 +210,7 @@ class MoELayer(MegatronModule):
         outputs = in_chunks(
             compute, tokens, probs, experts, num_chunks, unread=unread, draws_numbers=self._draws_numbers
         )
-        return outputs.view_as(hidden)
+        return added(residual, outputs.view_as(hidden))
 
     def _dispatched(
         self,
@@ -181,14 +221,17 @@ class MoELayer(MegatronModule):
         recipe: Recipe | None = None,
         *,
         unread: bool = False,
+        residual: Tensor | None = None,
     ) -> Tensor:
-        """Return the outputs [tokens, hidden] of the chosen experts. All ranks of the expert group must call."""
+        """Return the outputs [tokens, hidden] of the chosen experts, plus residual of the same shape if given. All
+        ranks of the expert group must call.
+        """
         if isinstance(dispatcher, LocalDispatcher) and self.experts.takes_one(tokens):
-            return self.experts.outputs_of_one(tokens, experts, probs)
+            return added(residual, self.experts.outputs_of_one(tokens, experts, probs))
         inputs, trip = dispatcher.dispatch(tokens, probs, experts, recipe=recipe, indexed=self.experts.adapted)
         outputs = self._compute(inputs, unread=unread)
         del inputs  # its memory is needed by the exchange
-        return dispatcher.combine(outputs, trip)
+        return dispatcher.combine(outputs, trip, residual)
 
     def _compute(self, inputs: ExpertInputs, *, unread: bool) -> Tensor:
         if self.experts.adapted:

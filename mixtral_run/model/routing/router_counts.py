@@ -25,7 +25,7 @@ class RouterCounts:
         total: the same of the steps that `end_step` added, since `take`.
 
     Args:
-        routers: of all layers, which return (probabilities, experts int64 [tokens, topk]).
+        routers: of all layers, which return (probabilities, experts int64 [tokens, topk], tokens).
         num_experts: of a layer.
         mesh: of the model.
         sequence_parallel: True if each tensor-parallel rank routes its own part of the sequence.
@@ -68,7 +68,7 @@ class RouterCounts:
             dist.all_reduce(counts)
         return counts
 
-    def _note(self, router: torch.nn.Module, inputs: Any, outputs: tuple[Tensor, Tensor]) -> None:
+    def _note(self, router: torch.nn.Module, inputs: Any, outputs: tuple[Tensor, ...]) -> None:
         del router, inputs
         if self._listens:
             self._chosen.append(outputs[1])

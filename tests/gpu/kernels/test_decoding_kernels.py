@@ -94,9 +94,9 @@ def test_sorted_rows(tokens: int, count: int, topk: int) -> None:
     experts = torch.rand(tokens, count, device=DEVICE).topk(topk).indices
     experts[experts == 1] = 0  # one that nobody chose
     rows, *found = sorted_rows(states, experts, count)
-    order, *others = (each.to(DEVICE) for each in sort_by_expert(experts.cpu().flatten(), count))
-    assert all(torch.equal(mine, expected) for mine, expected in zip(found, (order, *others), strict=True))
-    assert torch.equal(rows, states[order // topk])
+    *expected, source = (each.to(DEVICE) for each in sort_by_expert(experts.cpu().flatten(), count, topk))
+    assert all(torch.equal(mine, right) for mine, right in zip(found, expected, strict=True))
+    assert torch.equal(rows, states[source])
 
 
 @pytest.mark.parametrize(("hidden", "ffn", "topk"), [(512, 1024, 2), (192, 832, 3), (4096, 14336, 2)])

@@ -11,13 +11,13 @@ from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.model.attention.packed_attention import PackedSizes
 from mixtral_run.model.attention.rotary import Rotary, split_and_rotate
-from mixtral_run.model.dispatch.permute import permute, sort_by_expert, sorted_probs, unpermute
+from mixtral_run.model.dispatch.permute import add_rows, permute, sort_by_expert, sorted_probs, unpermute
 from mixtral_run.model.kernels.loss.cross_entropy import cross_entropy
 from mixtral_run.model.kernels.routing.router_probs import row_products
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model, is_adapter
 from mixtral_run.model.norm import RMSNorm
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh
-from mixtral_run.model.routing.moe import choose, router_logits
+from mixtral_run.model.routing.moe import Router, choose, router_logits
 from mixtral_run.train.data.samples import GlobalBatch, MicroBatch, MockSamples, batches
 from mixtral_run.train.steps.cuda_graph import CapturedBackward, backward_of, execution_of
 from mixtral_run.train.steps.step import StepResult, train_step, trainable
@@ -50,7 +50,7 @@ def test_permute(hidden: int) -> None:
         mine = tokens.to(device).requires_grad_(True)
         share = weights.to(device).requires_grad_(True)
         there, back = order.to(device), order.argsort().to(device)
-        rows = permute(mine, there, back, 2)
+        rows = permute(mine, there // 2, back, 2)
         scaled = rows * torch.linspace(-1, 1, rows.numel(), device=device).view_as(rows)
         output = unpermute(scaled, share, there, back)
         output.square().sum().backward()
@@ -193,12 +193,30 @@ def small_model(
     return model
 
 
-@pytest.mark.parametrize(("choices", "count"), [(1, 8), (1000, 3), (4096, 8), (40000, 9)])
+@pytest.mark.parametrize("hidden", [64, 1000, 4096])
+def test_a_residual_is_added_as_by_a_second_kernel(hidden: int) -> None:
+    """Bit for bit, as the factors of ones that are left out."""
+    rows, residual = (torch.randn(count, hidden, device="cuda").bfloat16() for count in (82, 41))
+    inverse, probs = torch.randperm(82, device="cuda"), torch.rand(41, 2, device="cuda")
+    for end in (None, torch.tensor(60, device="cuda", dtype=torch.int32)):
+        for factors in (probs, None):
+            alone = add_rows(rows, factors, inverse, 2, end)
+            assert torch.equal(add_rows(rows, factors, inverse, 2, end, residual), residual + alone)
+        assert torch.equal(alone, add_rows(rows, torch.ones_like(probs), inverse, 2, end))
+
+
+# Up to 8,192 choices and 16 experts one kernel sorts.
+@pytest.mark.parametrize("choices", [1, 2, 1000, 1024, 4096, 8192, 8196, 40000])
+@pytest.mark.parametrize("count", [1, 3, 8, 9, 16, 17, 128])
 def test_sort_by_expert(choices: int, count: int) -> None:
     chosen = torch.randint(0, count, (choices,))
-    # One that nobody chose.
-    chosen[chosen == 1] = 0
-    for mine, expected in zip(sort_by_expert(chosen.cuda(), count), sort_by_expert(chosen, count), strict=True):
+    if count > 1:
+        # One that nobody chose.
+        chosen[chosen == 1] = 0
+    topk = 2 if choices % 2 == 0 else 1
+    found, right = (sort_by_expert(each, count, topk) for each in (chosen.cuda(), chosen))
+    for mine, expected in zip(found, right, strict=True):
+        assert mine.dtype is expected.dtype
         assert torch.equal(mine.cpu(), expected)
 
 
@@ -232,6 +250,40 @@ def test_choice_of_experts(tokens: int, experts: int, topk: int) -> None:
         torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("tokens", "experts", "topk"), [(41, 8, 2), (512, 8, 2), (5, 6, 3), (33, 4, 1), (70, 64, 4)])
+def test_the_gradient_of_the_router_is_that_of_its_parts(tokens: int, experts: int, topk: int) -> None:
+    """Bit for bit, with the other gradient of the tokens and without."""
+    router = Router(
+        SimpleNamespace(
+            num_moe_experts=experts,
+            hidden_size=1088,
+            moe_router_topk=topk,
+            params_dtype=torch.bfloat16,
+            sequence_parallel=False,
+        )
+    ).requires_grad_(False)
+    router.weight.normal_()
+    drawn, weights = torch.randn(tokens, 1088, device="cuda").bfloat16(), torch.randn(tokens, topk, device="cuda")
+    others = torch.randn_like(drawn)
+    mine, theirs = (drawn.clone().requires_grad_(True) for _ in range(2))
+    probs, chosen, passed = router(mine)
+    parts = choose(router_logits(theirs, router.weight), topk)
+    assert torch.equal(probs, parts[0])
+    assert torch.equal(chosen, parts[1])
+    assert torch.equal(passed, drawn)
+    assert not chosen.requires_grad
+    for use in ((True, False), (False, True), (True, True)):
+        losses = [
+            sum(each for each, used in zip(((of[0] * weights).sum(), (of[1] * others).sum()), use, strict=True) if used)
+            for of in ((probs, passed), (parts[0], theirs))
+        ]
+        found, right = (
+            torch.autograd.grad(loss, leaf, retain_graph=True)[0]
+            for loss, leaf in zip(losses, (mine, theirs), strict=True)
+        )
+        assert torch.equal(found, right)
+
+
 def test_logits_that_are_no_numbers_choose_experts_that_exist() -> None:
     probs, chosen = choose(torch.full((3, 6), float("nan"), device="cuda"), 2)
     assert probs.isnan().all()
@@ -243,7 +295,7 @@ def test_probs_in_the_order_of_the_rows() -> None:
     results = []
     for device in ("cuda", "cpu"):
         mine = probs.to(device).requires_grad_(True)
-        order, inverse, _ = sort_by_expert(chosen.to(device), 8)
+        order, inverse, *_ = sort_by_expert(chosen.to(device), 8, 2)
         rows = sorted_probs(mine, order, inverse)
         (rows * torch.arange(82, device=device)).sum().backward()
         results.append((rows.detach().cpu(), mine.grad))

@@ -108,7 +108,7 @@ class AdaptedCase:
     """Inputs of both layers with their adapters, in float64. probs [permuted tokens]: the factor of each in the result.
 
     source [permuted tokens]: the index of the original token. order: the order of permute.py if permuted tokens are
-    read through an index, else None.
+    read through an index, else None. Where a token has several, their probabilities are given by choice.
     """
 
     tokens: Tensor
@@ -192,7 +192,10 @@ class AdaptedCase:
         if self.order is not None:
             inverse = torch.empty_like(self.order)
             inverse[self.order] = torch.arange(len(inverse))
-            rows = Permutation(offsets, self.source.to(device), inverse.to(device), self.topk)
+            index = (self.source.to(device), inverse.to(device))
+            rows = Permutation(offsets, *index, self.topk, order=self.order.to(device) if self.topk > 1 else None)
+            if self.topk > 1:
+                counted = probs[index[1]].view(-1, self.topk)
         layers = [FrozenWeight(each.to(device, dtype)) for each in (self.first, self.second)]
         output = adapted_experts(given, rows, *layers, Adapters(*halves, self.SCALE), None, counted, unread=unread)
         if strange:

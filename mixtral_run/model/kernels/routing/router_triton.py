@@ -1,6 +1,7 @@
 """Triton kernels of moe.py's router: from logits to the chosen experts and their probabilities, and back.
 
-A program computes a block of tokens. Import only on machines with a GPU.
+A program computes a block of tokens, or, for the gradient of the tokens, a block of one token's columns. Import only on
+machines with a GPU.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 32
+COLUMNS = 1024
 
 
 @triton.jit
@@ -95,3 +97,77 @@ def choose_backward(probs: Tensor, experts: Tensor, gradient: Tensor, count: int
         probs, experts, gradient, for_logits, tokens, count, **sizes, num_warps=1
     )
     return for_logits
+
+
+@triton.jit
+def _route_backward_kernel(
+    probs_ptr,
+    experts_ptr,
+    gradient_ptr,
+    weight_ptr,
+    for_tokens_ptr,
+    output_ptr,
+    width,
+    TOPK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    HAS_TOKENS: tl.constexpr,
+):
+    """Only the logits of the chosen experts have a gradient: TOPK rows of the weight are mixed.
+
+    They are summed by the number of their expert, as a product with the whole weight sums them.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    mask = columns < width
+    mean = 0.0
+    for choice in tl.static_range(TOPK):
+        place = token * TOPK + choice
+        mean += tl.load(probs_ptr + place) * tl.load(gradient_ptr + place)
+    total = tl.zeros([COLUMNS], dtype=tl.float32)
+    last = tl.full([], -1, dtype=tl.int64)
+    for _ in tl.static_range(TOPK):
+        expert = tl.full([], 2**31 - 1, dtype=tl.int64)
+        slope = 0.0
+        for choice in tl.static_range(TOPK):
+            place = token * TOPK + choice
+            other = tl.load(experts_ptr + place)
+            is_next = (other > last) & (other < expert)
+            expert = tl.where(is_next, other, expert)
+            other_slope = tl.load(probs_ptr + place) * (tl.load(gradient_ptr + place) - mean)
+            slope = tl.where(is_next, other_slope, slope)
+        # Of a token whose logits are no numbers, the same expert may be chosen twice.
+        exists = mask & (expert < 2**31 - 1)
+        row = tl.load(weight_ptr + expert * width + columns, mask=exists, other=0.0)
+        total += slope * row.to(tl.float32)
+        last = expert
+    places = token * width + columns
+    result = total.to(output_ptr.dtype.element_ty)
+    if HAS_TOKENS:
+        rest = tl.load(for_tokens_ptr + places, mask=mask, other=0.0).to(tl.float32)
+        result = (rest + result.to(tl.float32)).to(output_ptr.dtype.element_ty)
+    tl.store(output_ptr + places, result, mask=mask)
+
+
+def route_backward(
+    probs: Tensor, experts: Tensor, gradient: Tensor, weight: Tensor, for_tokens: Tensor | None
+) -> Tensor:
+    """Return the gradient of the tokens [tokens, hidden] from which the logits were computed with weight [experts,
+    hidden], given that of the probabilities [tokens, topk], plus for_tokens [tokens, hidden]. All are contiguous.
+
+    The gradient is cast to weight's dtype before the addition.
+    """
+    (tokens, topk), width = probs.shape, weight.shape[1]
+    output = torch.empty(tokens, width, dtype=weight.dtype, device=weight.device)
+    _route_backward_kernel[(tokens, triton.cdiv(width, COLUMNS))](
+        probs,
+        experts,
+        gradient,
+        weight,
+        for_tokens if for_tokens is not None else output,
+        output,
+        width,
+        TOPK=topk,
+        COLUMNS=COLUMNS,
+        HAS_TOKENS=for_tokens is not None,
+    )
+    return output

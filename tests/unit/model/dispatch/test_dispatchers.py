@@ -45,6 +45,8 @@ def test_each_token_is_the_weighted_sum_of_its_experts(indexed: bool, recomputes
     assert counts.tolist() == torch.bincount(experts.flatten(), minlength=EXPERTS).tolist()
     factors = torch.arange(1, EXPERTS + 1).repeat_interleave(counts)
     result = dispatcher.combine(rows * factors[:, None], trip)
+    residual = torch.randn(result.shape, dtype=result.dtype)
+    assert torch.equal(dispatcher.combine(rows * factors[:, None], trip, residual), residual + result)
     expected = tokens * (probs * (experts + 1)).sum(1, keepdim=True)
     torch.testing.assert_close(result, expected)
     if inputs.probs is None:
@@ -52,8 +54,10 @@ def test_each_token_is_the_weighted_sum_of_its_experts(indexed: bool, recomputes
         found = torch.autograd.grad(result.square().sum(), (tokens, probs))
         torch.testing.assert_close(found, wanted)
     else:
-        # Each row's probability goes to the experts, which give it its gradient.
-        assert torch.equal(inputs.probs.sort().values, probs.flatten().sort().values)
+        # Each row's probability goes to the experts, which give it its gradient: with an index by choice.
+        given = inputs.probs.flatten() if permutation.order is None else inputs.probs.flatten()[permutation.order]
+        assert (permutation.order is None) == (not indexed)
+        assert torch.equal(given, probs.flatten()[experts.flatten().argsort(stable=True)])
         (found,) = torch.autograd.grad(result.square().sum(), tokens)
         (wanted,) = torch.autograd.grad(
             (tokens * (probs.detach() * (experts + 1)).sum(1, keepdim=True)).square().sum(), tokens

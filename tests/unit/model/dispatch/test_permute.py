@@ -41,20 +41,22 @@ def test_any_order(order: tuple[int, ...]) -> None:
 CHOSEN = torch.tensor([2, 0, 0, 1, 2, 0])
 # By hand: expert 0 has choices 1, 2, 5; expert 1 has 3; expert 2 has 0, 4.
 ORDER, INVERSE, OFFSETS = [1, 2, 5, 3, 0, 4], [4, 0, 1, 3, 5, 2], [3, 4, 6]
+SOURCE = [0, 1, 2, 1, 0, 2]
 
 
 def test_choices_are_sorted_stably() -> None:
-    order, inverse, offsets = sort_by_expert(CHOSEN, 3)
+    order, inverse, offsets, source = sort_by_expert(CHOSEN, 3, 2)
+    assert source.tolist() == SOURCE
     assert (order.tolist(), inverse.tolist(), offsets.tolist()) == (ORDER, INVERSE, OFFSETS)
     assert offsets.dtype is torch.int32
     # An expert that nobody chose, before, between and after others.
-    assert sort_by_expert(torch.tensor([3, 1, 3]), 5)[2].tolist() == [0, 1, 1, 3, 3]
+    assert sort_by_expert(torch.tensor([3, 1, 3]), 5).offsets.tolist() == [0, 1, 1, 3, 3]
 
 
 def test_rows_and_their_gradients_by_hand() -> None:
     """Rows are tokens 0, 1, 2, 1, 0, 2. A token's gradient is the sum of those of its rows."""
     tokens = torch.tensor([[1.0], [10.0], [100.0]], requires_grad=True)
-    rows = permute(tokens, torch.tensor(ORDER), torch.tensor(INVERSE), 2)
+    rows = permute(tokens, torch.tensor(SOURCE), torch.tensor(INVERSE), 2)
     assert rows.flatten().tolist() == [1.0, 10.0, 100.0, 10.0, 1.0, 100.0]
     rows.backward(torch.tensor([[1.0], [2.0], [4.0], [8.0], [16.0], [32.0]]))
     assert tokens.grad.flatten().tolist() == [1.0 + 16.0, 2.0 + 8.0, 4.0 + 32.0]
@@ -89,8 +91,8 @@ def test_sums_over_wide_rows_agree_with_loops() -> None:
         torch.rand(num_tokens, topk, generator=generator),
     )
     chosen = torch.stack([torch.randperm(experts, generator=generator)[:topk] for _ in range(num_tokens)])
-    order, inverse, offsets = sort_by_expert(chosen.flatten(), experts)
-    rows = permute(tokens, order, inverse, topk)
+    order, inverse, offsets, source = sort_by_expert(chosen.flatten(), experts, topk)
+    rows = permute(tokens, source, inverse, topk)
     computed, first = torch.empty_like(rows), 0
     for expert, last in enumerate(offsets.tolist()):
         computed[first:last] = rows[first:last] * (expert + 1) + expert
@@ -101,3 +103,14 @@ def test_sums_over_wide_rows_agree_with_loops() -> None:
             expert = int(chosen[token, k])
             expected[token] += probs[token, k] * (tokens[token] * (expert + 1) + expert)
     torch.testing.assert_close(unpermute(computed, probs, order, inverse), expected)
+
+
+def test_a_residual_is_added_and_gets_the_gradient_of_the_sum() -> None:
+    rows = torch.tensor([[1.0], [2.0], [3.0], [4.0], [5.0], [6.0]], requires_grad=True)
+    residual = torch.tensor([[0.5], [-8.0], [0.0]], requires_grad=True)
+    probs = torch.tensor([[0.25, 0.75], [0.5, 0.5], [1.0, 0.0]])
+    tokens = unpermute(rows, probs, torch.tensor(ORDER), torch.tensor(INVERSE), residual=residual)
+    assert tokens.flatten().tolist() == [2.0 + 0.5, 3.0 - 8.0, 6.0]
+    tokens.backward(torch.tensor([[1.0], [10.0], [100.0]]))
+    assert residual.grad.flatten().tolist() == [1.0, 10.0, 100.0]
+    assert rows.grad.flatten().tolist() == [0.75, 5.0, 0.0, 5.0, 0.25, 100.0]

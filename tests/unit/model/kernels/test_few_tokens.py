@@ -47,8 +47,8 @@ def stand_in(calls: Counter[str]) -> SimpleNamespace:
         return call
 
     def sorted_rows(tokens: torch.Tensor, experts: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
-        order, inverse, offsets = sort_by_expert(experts.flatten(), count)
-        return tokens[order // experts.shape[1]], order, inverse, offsets
+        order, inverse, offsets, source = sort_by_expert(experts.flatten(), count, experts.shape[1])
+        return tokens[source], order, inverse, offsets
 
     functions: dict[str, Callable[..., Any]] = {
         "route": lambda tokens, weight, topk: choose(linear(tokens.float(), weight.float()), topk),

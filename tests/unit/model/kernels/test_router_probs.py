@@ -33,7 +33,7 @@ def test_all_gradients_are_the_same(with_adapter: bool, dropout: float, smallest
     for by_activation in (False, True):
         torch.manual_seed(8)
         leaves = [tokens.clone().requires_grad_(True), probs.clone().requires_grad_(True)]
-        hidden = grouped_linear(permute(leaves[0], order, inverse, TOPK), first, offsets)
+        hidden = grouped_linear(permute(leaves[0], order // TOPK, inverse, TOPK), first, offsets)
         active, recipe = swiglu(hidden), None
         weights = leaves[1]
         if by_activation:
