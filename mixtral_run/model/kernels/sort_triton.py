@@ -17,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 512
+MOST_COUNTED = 2**14
+"""A program of many experts handles fewer choices: choices times experts must fit into shared memory."""
 MOST_AT_ONCE, FEW_EXPERTS = 8192, 16
 """Most choices, and most experts, that the single kernel sorts. A sum of counts must fit into 15 bits."""
 ONES = tl.constexpr(0x0001000100010001)
@@ -117,12 +119,16 @@ def _place_kernel(
 ):
     block = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     numbers = tl.arange(0, NUM_EXPERTS)
-    blocks = tl.arange(0, BLOCKS)
-    there = blocks[:, None] < tl.num_programs(0) * tl.num_programs(1)
-    counts = tl.load(counts_ptr + blocks[:, None] * NUM_EXPERTS + numbers[None, :], mask=there, other=0)
-    totals = tl.sum(counts, axis=0)
+    totals = tl.zeros([NUM_EXPERTS], dtype=tl.int32)
+    before = tl.zeros([NUM_EXPERTS], dtype=tl.int32)
+    for start in range(0, tl.num_programs(0) * tl.num_programs(1), BLOCKS):
+        blocks = start + tl.arange(0, BLOCKS)
+        there = blocks[:, None] < tl.num_programs(0) * tl.num_programs(1)
+        counts = tl.load(counts_ptr + blocks[:, None] * NUM_EXPERTS + numbers[None, :], mask=there, other=0)
+        totals += tl.sum(counts, axis=0)
+        before += tl.sum(tl.where(blocks[:, None] < block, counts, 0), axis=0)
     offsets = tl.cumsum(totals, axis=0)
-    begins = offsets - totals + tl.sum(tl.where(blocks[:, None] < block, counts, 0), axis=0)
+    begins = offsets - totals + before
     places = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = places < length
     choices = tl.program_id(0) * length + places
@@ -131,14 +137,14 @@ def _place_kernel(
     inverse = tl.sum(chosen * (tl.cumsum(chosen, axis=0) - chosen + begins[None, :]), axis=1)
     tl.store(inverse_ptr + choices, inverse, mask=mask)
     if ALL_RANKS:
-        start = tl.sum(tl.where(numbers < first, totals, 0), axis=0)
-        row = inverse - start
+        skipped = tl.sum(tl.where(numbers < first, totals, 0), axis=0)
+        row = inverse - skipped
         own = mask & (expert >= first) & (expert < first + EACH) & (row < num_rows)
         tl.store(source_ptr + row, choices // TOPK, mask=own)
         tl.store(row_probs_ptr + row, tl.load(probs_ptr + choices, mask=mask), mask=own)
         if block == 0:
             mine = (numbers >= first) & (numbers < first + EACH)
-            tl.store(offsets_ptr + numbers - first, tl.minimum(offsets - start, num_rows), mask=mine)
+            tl.store(offsets_ptr + numbers - first, tl.minimum(offsets - skipped, num_rows), mask=mine)
             begin = (numbers % EACH == 0) & (numbers < num_experts)
             tl.store(starts_ptr + numbers // EACH, offsets - totals, mask=begin)
             rows = tl.sum(tl.where(mine, totals, 0), axis=0)
@@ -275,10 +281,12 @@ def _run(
     given: probs and experts as the first kernel reads them; read: as it leaves them for the second; sizes: choices of a
     process, and rows.
     """
-    grid = (size, triton.cdiv(sizes[0], BLOCK))
-    blocks, padded = grid[0] * grid[1], triton.next_power_of_2(num_experts)
+    padded = triton.next_power_of_2(num_experts)
+    block = min(BLOCK, max(1, MOST_COUNTED // padded))
+    grid = (size, triton.cdiv(sizes[0], block))
+    blocks = grid[0] * grid[1]
     counts = torch.empty(blocks, padded, dtype=torch.int32, device=results[0].device)
-    kinds = {"ALL_RANKS": all_ranks, "NUM_EXPERTS": padded, "BLOCK": BLOCK}
+    kinds = {"ALL_RANKS": all_ranks, "NUM_EXPERTS": padded, "BLOCK": block}
     _count_kernel[grid](*given, *read, counts, sizes[0], **kinds)
     _place_kernel[grid](
         *read,
@@ -289,6 +297,6 @@ def _run(
         num_experts,
         EACH=len(own),
         TOPK=topk,
-        BLOCKS=triton.next_power_of_2(blocks),
+        BLOCKS=min(triton.next_power_of_2(blocks), max(1, MOST_COUNTED // padded)),
         **kinds,
     )
