@@ -34,6 +34,7 @@ from mixtral_run.model.kernels.quantized.quantized_mm import (
     quantized_with_inner,
     rows_gradient,
 )
+from mixtral_run.model.kernels.requirements import QUANTIZED_AT_ONCE
 from mixtral_run.model.kernels.routing.router_probs import with_probs
 from mixtral_run.model.kernels.swiglu import swiglu, swiglu_with_adapter
 from mixtral_run.model.parallel.megatron import MegatronModule, ShardedTensor, TransformerConfig, parallel_state
@@ -47,7 +48,7 @@ class ExpertLinear(torch.nn.Module):
     Adapters that the experts share are [1, r, in] and [1, out, r], the same on all ranks.
 
     With a base precision of fp8 or nf4 the weight has no memory until `allocate`; `quantize` replaces it by `values`
-    and `scales` (quantized_mm.py). This is done layer by layer: the whole model never exists in 16 bit.
+    and `scales` (quantized_mm.py). MixtralModel.quantize_experts does this for one linear layer after the other.
     """
 
     values: Tensor | None
@@ -158,23 +159,39 @@ class ExpertLinear(torch.nn.Module):
         assert self.weight is not None
         return frozen_gradient(gradient, self.weight.detach(), offsets, inner, linear_in)
 
-    def allocate(self) -> None:
-        """Allocate the weight, uninitialized."""
+    @property
+    def has_weight(self) -> bool:
+        """Return True if the weight has memory, which `allocate` gives to one that will be quantized."""
+        return self.weight is not None and not self.weight.is_meta
+
+    def allocate(self, memory: Tensor | None = None) -> None:
+        """Give the weight memory, uninitialized: the first elements of `memory`, which is flat, or its own."""
         assert self.weight is not None
-        device = torch.cuda.current_device()
-        self.weight = torch.nn.Parameter(torch.empty_like(self.weight, device=device), requires_grad=False)
+        if memory is None:
+            memory = torch.empty(self.weight.numel(), dtype=self.weight.dtype, device=torch.cuda.current_device())
+        place = memory[: self.weight.numel()].view(self.weight.shape)
+        self.weight = torch.nn.Parameter(place, requires_grad=False)
         mark(self.weight, expert=True)
 
     def quantize(self) -> None:
-        """Replace the weight by quantized values and scales, an expert at a time."""
+        """Replace the weight by quantized values and scales, some rows of an expert at a time.
+
+        The weight's memory may be used again afterwards.
+        """
         assert self.weight is not None
-        parts = [quantize_to(expert, self.base_precision) for expert in self.weight.detach().unbind(0)]
+        weight = self.weight.detach()
+        self.allocate_quantized()
+        assert self.values is not None
+        assert self.scales is not None
+        rows = max(1, QUANTIZED_AT_ONCE // weight.shape[-1])
+        for expert, values, scales in zip(weight, self.values, self.scales, strict=True):
+            for begin in range(0, len(expert), rows):
+                part = slice(begin, begin + rows)
+                values[part], scales[part] = quantize_to(expert[part], self.base_precision)
         self.weight = None
-        self.values = torch.stack([values for values, _ in parts])
-        self.scales = torch.stack([scales for _, scales in parts])
 
     def allocate_quantized(self) -> None:
-        """Allocate values and scales, uninitialized, to be read from the quantized cache. The weight gets no memory."""
+        """Allocate values and scales, uninitialized. The weight gets no memory."""
         assert self.weight is not None
         count, outputs, inputs = self.weight.shape
         device = torch.cuda.current_device()
@@ -314,7 +331,7 @@ class Experts(MegatronModule):
             halves = 2 if name == "linear_fc1" else 1
             key = f"{prefix}experts.{name}"
             # A quantized weight is not part of a checkpoint; before `allocate` there is no memory to load into.
-            if layer.weight is not None and not layer.weight.is_meta:
+            if layer.weight is not None and layer.has_weight:
                 result |= self._shards(f"{key}.weight", layer.weight, halves, sharded_offsets)
             if layer.lora is not None and layer.lora.shared:
                 result |= self._shared_shard(f"{key}.adapter.linear_in.weight", layer.linear_in, sharded_offsets)

@@ -226,18 +226,21 @@ class MixtralModel(torch.nn.Module):
     def quantize_experts(
         self, fill: Callable[[], object], done: Callable[[int, Experts], object] | None = None
     ) -> None:
-        """Quantize the experts layer by layer, if the base is in 8 or 4 bit.
+        """Quantize the experts, one linear layer of all local experts at a time, if the base is in 8 or 4 bit.
 
-        For each layer: allocate the weights of its experts, call `fill` to load them, quantize them, and call `done`
-        with the layer's number, from 0, and its experts.
+        For each: give its weight memory, call `fill` to load it, and quantize it. After both of a layer, call `done`
+        with the layer's number, from 0, and its experts. All weights use the same memory one after the other. New
+        memory for each would leave gaps in torch's segments, between the quantized values that stay.
         """
         if self.settings.base_precision == "bf16":
             return
+        weights = [linear.weight for linear in self.experts[0].linears.values() if linear.weight is not None]
+        most = max(weight.numel() for weight in weights)
+        memory = torch.empty(most, dtype=weights[0].dtype, device=self.mesh.device)
         for number, experts in enumerate(self.experts):
             for linear in experts.linears.values():
-                linear.allocate()
-            fill()
-            for linear in experts.linears.values():
+                linear.allocate(memory)
+                fill()
                 linear.quantize()
             if done is not None:
                 done(number, experts)

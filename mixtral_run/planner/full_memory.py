@@ -18,10 +18,9 @@ from mixtral_run.planner.memory_model import (
     USABLE_OF_HOST,
     host_bytes,
     memory,
-    weight_bytes,
 )
 from mixtral_run.planner.ranking import layouts, recomputed_rate
-from mixtral_run.planner.workload import Layout, Memory, Workload
+from mixtral_run.planner.workload import Layout, Memory, Workload, weight_bytes
 
 STATE_BYTES = 12
 """Bytes per weight of AdamW's state: the fp32 master weight and two moments."""

@@ -13,8 +13,17 @@ from mixtral_run.config.context import MOST_LOGITS
 from mixtral_run.config.lora import has_frozen_start, module_rank, shares_expert_adapters
 from mixtral_run.config.recompute import RUNS_AGAIN
 from mixtral_run.model.dispatch import capacity
+from mixtral_run.model.kernels.requirements import QUANTIZED_AT_ONCE, QUANTIZING_BYTES
 from mixtral_run.planner import policy
-from mixtral_run.planner.workload import GIB, Layout, Memory, Workload, adapter_parameters, trained_also_parameters
+from mixtral_run.planner.workload import (
+    GIB,
+    Layout,
+    Memory,
+    Workload,
+    adapter_parameters,
+    trained_also_parameters,
+    weight_bytes,
+)
 
 CONTEXT = 0.6 * GIB
 """CUDA context, kernel code and cuBLAS, which torch does not count."""
@@ -84,7 +93,33 @@ def _rows_over_mean(workload: Workload, layout: Layout) -> float:
 
 
 def memory(workload: Workload, layout: Layout) -> Memory:
-    """Return the bytes of one GPU at the peak of a step: at the loss, or in the last layer's backward pass."""
+    """Return the bytes of one GPU at the peak of a run: at the loss, or in the last layer's backward pass.
+
+    If loading needs more than that, as with few layers and short rows, the buffers are those of loading.
+    """
+    training = _training_memory(workload, layout)
+    weights_and_context = training.weights + training.context
+    more = loading_bytes(workload, layout) - (training.total - weights_and_context)
+    return dataclasses.replace(training, buffers=training.buffers + more) if more > 0 else training
+
+
+def loading_bytes(workload: Workload, layout: Layout) -> float:
+    """Return the bytes that loading needs besides the weights: the adapters, and buffers of quantizing.
+
+    A base in 16 bit is read into its place. Experts in 8 or 4 bit are quantized when everything else is loaded, one
+    linear layer at a time, from a buffer that holds the largest one (MixtralModel.quantize_experts).
+    """
+    shape = workload.architecture
+    starts = 2 if has_frozen_start(workload) else 1
+    held = 4 * (adapter_parameters(workload, layout) * starts + trained_also_parameters(workload, layout))
+    if workload.expert_bytes >= workload.weight_bytes:
+        return held
+    of_expert = 2 * shape.ffn_hidden_size * shape.hidden_size
+    buffer = shape.num_experts / layout.expert_model_parallel_size * of_expert * workload.weight_bytes
+    return held + buffer + max(QUANTIZING_BYTES.values()) * min(of_expert, QUANTIZED_AT_ONCE)
+
+
+def _training_memory(workload: Workload, layout: Layout) -> Memory:
     adapters = adapter_parameters(workload, layout)
     also = trained_also_parameters(workload, layout)
     activations, buffers = _peak_of_layers(workload, layout)
@@ -168,39 +203,6 @@ def saved_copy_bytes(workload: Workload, layout: Layout) -> float:
     on_host = adapter_parameters(workload, layout) * gpus
     also_on_host = min(also, trained_also_parameters(workload, layout) * gpus)
     return SAVED_TENSORS[has_frozen_start(workload)] * 4 * min(whole, on_host) + 3 * 4 * also_on_host
-
-
-def weight_bytes(workload: Workload, layout: Layout) -> float:
-    """Return the bytes of the frozen weights on one GPU.
-
-    Attention, embeddings and output layer are split over TP, experts over EP; everything else is on every rank.
-    """
-    shape = workload.architecture
-    hidden = shape.hidden_size
-    experts = shape.num_layers * shape.num_experts * 3 * hidden * shape.ffn_hidden_size
-    split = shape.num_layers * hidden * (shape.qkv_size + shape.projection_size) + 2 * shape.vocab_size * hidden
-    padding = 2 * hidden * (shape.padded_vocab_size(layout.tensor_model_parallel_size) - shape.vocab_size)
-    whole = shape.num_parameters - experts - split
-    dense = ((split + padding) / layout.tensor_model_parallel_size + whole) * workload.weight_bytes
-    if workload.attention_precision == "fp8":
-        dense += _attention_in_8_bit(workload, layout)
-    expert_bytes: float = workload.expert_bytes
-    if workload.expert_bytes == 1:
-        # An fp32 scale for each output channel.
-        expert_bytes += 4 * (2 * shape.ffn_hidden_size + hidden) / (3 * hidden * shape.ffn_hidden_size)
-    return dense + experts * expert_bytes / layout.expert_model_parallel_size
-
-
-def _attention_in_8_bit(workload: Workload, layout: Layout) -> float:
-    """Return how many bytes more attention and the output layer take in 8 bit than in the dtype of the base.
-
-    Each weight has a transposed copy, and an fp32 number for each row and column (kernels/quantized/dense_mm.py).
-    """
-    shape, tp = workload.architecture, layout.tensor_model_parallel_size
-    rows, columns, vocabulary = shape.qkv_size / tp, shape.projection_size / tp, shape.padded_vocab_size(tp) / tp
-    weights = shape.hidden_size * (shape.num_layers * (rows + columns) + vocabulary)
-    sides = shape.num_layers * (rows + columns + 2 * shape.hidden_size) + vocabulary + shape.hidden_size
-    return weights * (2 - workload.weight_bytes) + 4 * sides
 
 
 def activation_bytes_per_token(workload: Workload, layout: Layout) -> float:

@@ -14,8 +14,8 @@ from mixtral_run.config.verbs.pretrain import PretrainConfig
 from mixtral_run.config.verbs.training import TrainingConfig
 from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.planner.full_memory import FULL_ACTIVATIONS
-from mixtral_run.planner.memory_model import memory, weight_bytes
-from mixtral_run.planner.workload import Layout, Workload
+from mixtral_run.planner.memory_model import memory
+from mixtral_run.planner.workload import Layout, Workload, weight_bytes
 
 GENERATION_BYTES = 2 * 1024**3
 """Assumed size of the key-value cache, the logits and the activations of `generate`."""

@@ -171,3 +171,36 @@ def trained_also_parameters(workload: Workload, layout: Layout) -> float:
     whole = [each for each in also if each not in split]
     padded = shape.padded_vocab_size(layout.tensor_model_parallel_size) / shape.vocab_size
     return shape.num_trained_also(split) * padded / layout.tensor_model_parallel_size + shape.num_trained_also(whole)
+
+
+def weight_bytes(workload: Workload, layout: Layout) -> float:
+    """Return the bytes of the frozen weights on one GPU.
+
+    Attention, embeddings and output layer are split over TP, experts over EP; everything else is on every rank.
+    """
+    shape = workload.architecture
+    hidden = shape.hidden_size
+    experts = shape.num_layers * shape.num_experts * 3 * hidden * shape.ffn_hidden_size
+    split = shape.num_layers * hidden * (shape.qkv_size + shape.projection_size) + 2 * shape.vocab_size * hidden
+    padding = 2 * hidden * (shape.padded_vocab_size(layout.tensor_model_parallel_size) - shape.vocab_size)
+    whole = shape.num_parameters - experts - split
+    dense = ((split + padding) / layout.tensor_model_parallel_size + whole) * workload.weight_bytes
+    if workload.attention_precision == "fp8":
+        dense += _attention_in_8_bit(workload, layout)
+    expert_bytes: float = workload.expert_bytes
+    if workload.expert_bytes == 1:
+        # An fp32 scale for each output channel.
+        expert_bytes += 4 * (2 * shape.ffn_hidden_size + hidden) / (3 * hidden * shape.ffn_hidden_size)
+    return dense + experts * expert_bytes / layout.expert_model_parallel_size
+
+
+def _attention_in_8_bit(workload: Workload, layout: Layout) -> float:
+    """Return how many bytes more attention and the output layer take in 8 bit than in the dtype of the base.
+
+    Each weight has a transposed copy, and an fp32 number for each row and column (kernels/quantized/dense_mm.py).
+    """
+    shape, tp = workload.architecture, layout.tensor_model_parallel_size
+    rows, columns, vocabulary = shape.qkv_size / tp, shape.projection_size / tp, shape.padded_vocab_size(tp) / tp
+    weights = shape.hidden_size * (shape.num_layers * (rows + columns) + vocabulary)
+    sides = shape.num_layers * (rows + columns + 2 * shape.hidden_size) + vocabulary + shape.hidden_size
+    return weights * (2 - workload.weight_bytes) + 4 * sides

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -31,3 +32,35 @@ class LiveTensors(TorchDispatchMode):
         """Return what made each tensor that exists and shares no memory with those of `kept`."""
         known = {StorageWeakRef(each.untyped_storage()).cdata for each in kept}
         return sorted(made for key, (found, made) in self._made.items() if key not in known and not found.expired())
+
+
+class LiveBytes(TorchDispatchMode):
+    """The bytes of all storages that operations make within the mode and that still exist, and the most so far.
+
+    before: tensors that existed before, of which views may be made.
+    """
+
+    def __init__(self, before: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.held = self.peak = 0
+        self._known = {each.untyped_storage().data_ptr() for each in before}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for each in tree_leaves(result):
+            if isinstance(each, torch.Tensor):
+                self._note(each.untyped_storage())
+        return result
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        address, size = storage.data_ptr(), storage.nbytes()
+        if not size or address in self._known:
+            return
+        self._known.add(address)
+        self.held += size
+        self.peak = max(self.peak, self.held)
+        weakref.finalize(storage, self._forget, address, size)
+
+    def _forget(self, address: int, size: int) -> None:
+        self._known.discard(address)
+        self.held -= size

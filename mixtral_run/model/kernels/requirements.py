@@ -31,6 +31,11 @@ EIGHT_BIT_CAPABILITY: Capability = (9, 0)
 """The compute capability that the 8-bit products are made for (quantized/quantized_mm.py)."""
 EIGHT_BIT_ALIGNMENT = 16
 """Factor that both sides of a matrix in 8 bit must have (torch._scaled_mm)."""
+QUANTIZED_AT_ONCE = 16 * 2**20
+"""Most numbers of a weight that are quantized at a time while a base is loaded: their fp32 copies take up to
+QUANTIZING_BYTES each."""
+QUANTIZING_BYTES = {"fp8": 12, "nf4": 13}
+"""Temporary bytes of each number that is quantized (quantized_mm.quantize_to), its results included."""
 BF16_BYTES = 2
 ALIGNMENT_BYTES = 16
 """Alignment that the grouped product requires of every matrix's rows."""

@@ -33,6 +33,9 @@ from mixtral_run.weights.manifest.checkpoint_folder import newest_iteration
 from mixtral_run.weights.manifest.describe import AdapterDescription, BaseDescription
 from mixtral_run.weights.mapping.hf_to_megatron import VOCABULARY_KEYS
 
+EXPERTS_PREFIX = "decoder.layers.mlp.experts."
+"""Of the keys of all layers' experts, which have the layer's number in their offset."""
+
 
 def load_base(
     model: MixtralModel,
@@ -42,9 +45,9 @@ def load_base(
 ) -> None:
     """Fill the model's base weights from a checkpoint of any TP/EP layout, or from an HF directory.
 
-    With a base in 8 or 4 bit the experts are read from the quantized cache, as `cache` allows, or quantized one layer
-    at a time. Attention and the output layer in 8 bit are quantized each time: an HF model's fingerprint needs all of
-    their bytes read in any case. Sets the model's `base_fingerprint`. All ranks must call.
+    With a base in 8 or 4 bit the experts are read from the quantized cache, as `cache` allows, or quantized one linear
+    layer at a time. Attention and the output layer in 8 bit are quantized each time: an HF model's fingerprint needs
+    all of their bytes read in any case. Sets the model's `base_fingerprint`. All ranks must call.
 
     Raises:
         WeightsError: the checkpoint's tensors are not the model's, or a file cannot be read.
@@ -67,14 +70,23 @@ def load_base(
         if found is not None and experts.load(found):
             return
         with experts.building() as build:
-            # Only the experts of the layer that has memory at the moment have shards.
             model.quantize_experts(lambda: reader.read(_expert_shards(model).values()), build.add)
             reader.agree()
             build.commit(base.fingerprint)
 
 
 def _expert_shards(model: MixtralModel) -> dict[str, ShardedTensor]:
-    return {name: each for name, each in shards_of(model, adapters=False).items() if ".mlp.experts." in name}
+    """Return the shards of the experts' weights that have memory at the moment: those of one linear layer.
+
+    As in `shards_of`, which would describe all layers each time.
+    """
+    return {
+        name: shard
+        for number, experts in enumerate(model.experts)
+        if any(linear.has_weight for linear in experts.linears.values())
+        for name, shard in experts.sharded_state_dict(EXPERTS_PREFIX, ((0, number, len(model.experts)),)).items()
+        if not is_adapter(name)
+    }
 
 
 def _read_hf(

@@ -1,14 +1,10 @@
 """Experts in chunks of the tokens: losses and gradients stay, and the activations of one chunk exist at a time."""
 
 import dataclasses
-import weakref
-from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from mixtral_run.config.lora import LORA_TARGET_MODULES
 from mixtral_run.model.adapters.lora_settings import LoraSettings
@@ -18,6 +14,7 @@ from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
 from mixtral_run.model.parallel.mesh import Mesh, seed_everything
 from mixtral_run.model.routing.expert_chunks import chunk_sizes
 from tests.multiprocess.conftest import SMALL
+from tests.support.live_tensors import LiveBytes
 
 BATCH, SEQUENCE = 2, 24
 
@@ -158,38 +155,6 @@ def test_sizes_add_up() -> None:
 LONG = dataclasses.replace(
     SMALL, num_layers=2, hidden_size=32, ffn_hidden_size=448, num_attention_heads=2, num_query_groups=1, kv_channels=16
 )
-
-
-class LiveBytes(TorchDispatchMode):
-    """The bytes of all storages that operations make within the mode and that still exist, and the most so far.
-
-    before: tensors that existed before, of which views may be made.
-    """
-
-    def __init__(self, before: Iterable[torch.Tensor]) -> None:
-        super().__init__()
-        self.held = self.peak = 0
-        self._known = {each.untyped_storage().data_ptr() for each in before}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for each in tree_leaves(result):
-            if isinstance(each, torch.Tensor):
-                self._note(each.untyped_storage())
-        return result
-
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        address, size = storage.data_ptr(), storage.nbytes()
-        if not size or address in self._known:
-            return
-        self._known.add(address)
-        self.held += size
-        self.peak = max(self.peak, self.held)
-        weakref.finalize(storage, self._forget, address, size)
-
-    def _forget(self, address: int, size: int) -> None:
-        self._known.discard(address)
-        self.held -= size
 
 
 def peak_of(mesh: Mesh, chunks: int, sequence: int) -> int:

@@ -20,12 +20,11 @@ from mixtral_run.planner.memory_model import (
     fit_dispatch,
     memory,
     saved_copy_bytes,
-    weight_bytes,
 )
 from mixtral_run.planner.policy import Dispatch
 from mixtral_run.planner.ranking import best, layouts, ranked, rate_by_tokens
 from mixtral_run.planner.table import show_plan
-from mixtral_run.planner.workload import GIB, Layout, Workload, adapter_parameters
+from mixtral_run.planner.workload import GIB, Layout, Workload, adapter_parameters, weight_bytes
 
 H200_GIB = 139.8
 

@@ -294,6 +294,7 @@ def test_experts_in_few_bits_are_read_from_the_cache_or_quantized(
     monkeypatch.setattr(checkpoint, "BaseReader", lambda _: reader)
     monkeypatch.setattr(checkpoint, "newest_iteration", lambda folder: folder)
     monkeypatch.setattr(checkpoint, "shards_of", lambda _, adapters: {} if adapters else shards)
+    monkeypatch.setattr(checkpoint, "_expert_shards", lambda _: {"x.mlp.experts.y": 1})
     model, base = MagicMock(), MagicMock(weights=None, fingerprint="print")
     model.settings.base_precision = precision
     model.quantize_experts.side_effect = lambda reread, add: (reread(), add())

@@ -325,6 +325,7 @@ def test_the_base_of_an_hf_directory_is_read_without_adapters_and_known_by_all_s
     monkeypatch.setattr(checkpoint, "_HfReading", Reading)
     shards = {"a": 1, "b.mlp.experts.c": 2}
     monkeypatch.setattr(checkpoint, "shards_of", lambda _, adapters: "adapters" if adapters else shards)
+    monkeypatch.setattr(checkpoint, "_expert_shards", lambda _: {"b.mlp.experts.c": 2})
     monkeypatch.setattr(checkpoint, "fingerprint_of_checksums", lambda *given: f"{given[:2]} {sorted(given[2])}")
     weights: Any = SimpleNamespace(architecture="A", dtype="D")
     model, experts = MagicMock(), MagicMock()
