@@ -37,7 +37,6 @@ class _HostLog:
     host: Host
     shown: collections.deque[tuple[str, str]] = field(default_factory=lambda: collections.deque(maxlen=KEPT_LINES))
     """Time stamp and text of the lines printed last, so that no line is printed twice after a lost connection."""
-    count: int = 0
     lines: collections.deque[str] = field(default_factory=lambda: collections.deque(maxlen=KEPT_LINES))
     row: JobRow | None = None
     lost: bool = False
@@ -201,7 +200,6 @@ class JobFollower:
             return
         else:
             log.shown.append((stamp, text))
-            log.count += 1
         log.lines.append(text)
         with self._lock:
             print(_prefixed(log.host, self._width, text), file=to, flush=True)
