@@ -92,3 +92,38 @@ def test_memory_that_one_process_lacks_is_shared_by_none(
     assert asked == ["allocate"]
     expected = ["GPUs do not read from each other, exchanges are slower: CUDA out of memory."]
     assert [record.message for record in caplog.records] == (expected if fails == "here" else [])
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 8, 21])
+def test_the_self_test_has_a_row_for_each_expert_however_short_a_step_is(
+    tokens: int, machine: pytest.MonkeyPatch
+) -> None:
+    """A self-test of no token would pass wherever reads from other GPUs are wrong."""
+    tested: list[int] = []
+
+    class Fake:
+        rank = 0
+
+        def __init__(self, _: object, __: object, tokens: int, ___: object) -> None:
+            self.tokens = tokens
+
+        def allocate(self) -> None: ...
+
+        def share(self) -> None: ...
+
+        def begin(self) -> None: ...
+
+        def route(self, values: torch.Tensor, probs: torch.Tensor, experts: torch.Tensor, *_: object) -> None:
+            assert experts.flatten().bincount(minlength=8).min() > 0
+            tested.append(len(values))
+            raise RuntimeError("wrong bytes")
+
+    class Here:
+        device, expert_group = torch.device("cpu"), GROUP
+
+    machine.setattr(module, "SymmetricMemoryExchange", Fake)
+    machine.setattr(module, "_can_read_peers", lambda *_: True)
+    for each in (mesh, module):
+        machine.setattr(each, "everywhere", lambda ok, _: ok)
+    assert open_symmetric_memory(cast(Mesh, Here()), SMALL, tokens, torch.bfloat16) is None
+    assert tested == [max(8, tokens // 8 * 8)]
