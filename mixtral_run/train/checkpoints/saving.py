@@ -7,6 +7,7 @@ memory and with a process group of their own, so that they never meet the collec
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from abc import ABC, abstractmethod
@@ -38,6 +39,8 @@ from mixtral_run.weights.manifest.checkpoint_folder import LATEST
 from mixtral_run.weights.manifest.manifest import write_manifest
 from mixtral_run.weights.manifest.run_state import RunState
 from mixtral_run.weights.torch_dist.megatron_files import write_metadata_json
+
+log = logging.getLogger(__name__)
 
 SLOWEST_BYTES_A_SECOND = 100e6
 """A disk that takes the files of a job more slowly than this counts as one that does not answer."""
@@ -253,18 +256,32 @@ class AdapterSaver(Saver):
     ) -> None:
         super().__init__(model, folder, timeout_minutes)
         self._optimizer = optimizer
-        self._planned: tuple[list[ParameterState], Beside[AdapterWriter]] | None = None
+        self._planned: tuple[list[ParameterState], Beside[AdapterWriter] | None] | None = None
+        """The states of the plan made ahead, and the plan; no plan on a rank that could not begin one."""
 
     def plan_ahead(self) -> None:
         """See Saver. Megatron's plan of some 3,000 parts of tensors takes about a second of Python."""
-        states, model = self._live_states(), self._model
-        group = dist.new_group(backend="gloo", timeout=timedelta(minutes=self._timeout))
+        states = self._live_states()
+        self._planned = states, self._begin_plan(states)
 
-        def plan() -> AdapterWriter:
-            with unnoted():
-                return AdapterWriter(adapter_shards(model, states), group)
+    def _begin_plan(self, states: list[ParameterState]) -> Beside[AdapterWriter] | None:
+        """Return the plan that has begun, or None if this rank has no group or no thread for it.
 
-        self._planned = states, Beside(plan, "plan of the checkpoints")
+        Then all ranks plan when they save: the training does not depend on a plan.
+        """
+        model = self._model
+        try:
+            group = dist.new_group(backend="gloo", timeout=timedelta(minutes=self._timeout))
+
+            def plan() -> AdapterWriter:
+                with unnoted():
+                    return AdapterWriter(adapter_shards(model, states), group)
+
+            return Beside(plan, "plan of the checkpoints")
+        except (OSError, MemoryError, RuntimeError) as error:
+            why = (str(error) or type(error).__name__).splitlines()[0]
+            log.warning("The files of checkpoints cannot be planned ahead, so the first save takes longer: %s", why)
+            return None
 
     def _new_copy(self) -> HostCopy:
         return AdapterCopy(self._model, self._optimizer)
@@ -276,12 +293,13 @@ class AdapterSaver(Saver):
         if copy is None and self._planned is not None:
             planned, plan = self._planned
             if self._all_can_use(plan, fits=_are_same(planned, states)):
+                assert plan is not None
                 return plan.result()
             # Its thread may wait for other ranks in the group that only it uses. Nobody waits for the thread.
             self._planned = None
         return AdapterWriter(adapter_shards(self._model, states))
 
-    def _all_can_use(self, plan: Beside[AdapterWriter], *, fits: bool) -> bool:
+    def _all_can_use(self, plan: Beside[AdapterWriter] | None, *, fits: bool) -> bool:
         """Return True if the plan made ahead is ready on all ranks. All ranks must call, and get the same answer.
 
         False if it failed on one of them, does not fit what is saved there, or takes longer than PLAN_SECONDS. While
@@ -289,13 +307,14 @@ class AdapterSaver(Saver):
         """
         late = time.monotonic() + PLAN_SECONDS
         while True:
-            is_running = plan.is_running
-            is_lost = not fits or plan.has_failed or (is_running and time.monotonic() > late)
+            is_running = plan is not None and plan.is_running
+            is_lost = not fits or plan is None or plan.has_failed or (is_running and time.monotonic() > late)
             state = torch.tensor(_UNUSABLE if is_lost else _RUNNING if is_running else _READY)
             if self._model.mesh.world_size > 1:
                 dist.all_reduce(state, op=dist.ReduceOp.MIN)
             if float(state) != _RUNNING:
                 return float(state) == _READY
+            assert plan is not None
             plan.wait(WAIT_SECONDS)
 
 

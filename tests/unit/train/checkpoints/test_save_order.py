@@ -258,3 +258,22 @@ def test_a_plan_that_fails_beside_the_training_costs_no_checkpoint(
     gate.set()
     plan.wait(30)
     assert made == ([True] if failure == "slow" else [True, False, False])
+
+
+@pytest.mark.parametrize("lacks", ["group", "thread"])
+def test_a_plan_that_cannot_begin_costs_no_checkpoint(
+    mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, lacks: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("can't start more\nat all")
+
+    model, optimizer = trained(mesh)
+    saver = AdapterSaver(model, optimizer, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(*((dist, "new_group", fail) if lacks == "group" else (threading.Thread, "start", fail)))
+        saver.plan_ahead()
+    assert [each.getMessage().rpartition(": ")[2] for each in caplog.records] == ["can't start more"]
+    # Other ranks may have a plan, and ask: this one has to answer.
+    assert saver._planned is not None and saver._planned[1] is None
+    saver.save(SaveRequest(4, DESCRIPTION))
+    assert (tmp_path / LATEST).read_text() == "4\n" and saver._planned is None

@@ -92,6 +92,7 @@ def test_a_copy_is_used_only_if_all_ranks_have_one(
         ("failed", True, [2.0], False),
         ("ready", False, [2.0], False),
         ("late", True, [2.0], False),
+        ("not begun", True, [2.0], False),
     ],
 )
 def test_a_plan_made_ahead_is_used_only_if_all_ranks_can(
@@ -113,7 +114,7 @@ def test_a_plan_made_ahead_is_used_only_if_all_ranks_can(
     given = saver(tmp_path)
     given._model.mesh.world_size = 2
     plan = MagicMock(is_running=own == "late", has_failed=own == "failed")
-    given._planned = [], plan
+    given._planned = [], None if own == "not begun" else plan
     plan.result.return_value = "made ahead"
     assert given._writer_of([], None) == ("made ahead" if used else "made now")
     assert not others and set(said) == {2.0 if own == "ready" and fits else 0.0}
