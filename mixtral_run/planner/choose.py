@@ -27,7 +27,7 @@ from mixtral_run.planner.workload import GIB, Layout, Workload
 from mixtral_run.terminal.report import Report
 from mixtral_run.weights.manifest.describe import BaseDescription, describe_base
 
-PLANNED_FLAGS = {"method", "base_precision", "attention_precision", *LORA_SHAPE}
+PLANNED_FLAGS = {"load", "method", "base_precision", "attention_precision", "kernels", *LORA_SHAPE}
 """Settings that the command of `plan` in an error repeats."""
 JobConfigT = TypeVar("JobConfigT", bound=TrainingConfig | InferenceConfig)
 
@@ -147,7 +147,7 @@ def memory_error(config: FinetuneConfig, base: BaseDescription, world_size: int)
     layout = dataclasses.replace(_layout_of(config), recompute=config.recomputation)
     workload = workload_of(config, base, world_size, gpu.compute_capability)
     if memory(fit_dispatch(workload, layout, gpu.free), layout).total <= gpu.free:
-        return _host_refusal(workload, layout, gpu)
+        return _host_refusal(config, workload, layout, gpu)
     anything = dataclasses.replace(
         config,
         tensor_model_parallel_size=None,
@@ -282,7 +282,7 @@ def _candidates(config: FinetuneConfig, base: BaseDescription, world_size: int, 
     ]
 
 
-def _host_refusal(workload: Workload, layout: Layout, gpu: AvailableGpu) -> ConfigError | None:
+def _host_refusal(config: FinetuneConfig, workload: Workload, layout: Layout, gpu: AvailableGpu) -> ConfigError | None:
     """Return the error of a run whose layers' inputs do not fit into the host's RAM; None if they fit."""
     pinned, free = host_bytes(workload, layout), host_memory()
     usable = USABLE_OF_HOST * free
@@ -295,8 +295,14 @@ def _host_refusal(workload: Workload, layout: Layout, gpu: AvailableGpu) -> Conf
         found=f"{pinned / GIB:.1f} GiB for the layers' inputs on {min(workload.gpus, workload.gpus_per_host)} GPUs",
         next_command=f"mixtral-run plan --gpus {workload.gpus} --gpu-memory {gpu.total / GIB:.0f} "
         f"--host-memory {free / GIB:.0f} "
-        f"--seq-length {workload.seq_length} --micro-batch-size {workload.micro_batch_size} --all",
+        f"--seq-length {workload.seq_length} --micro-batch-size {workload.micro_batch_size}"
+        f"{_planned_flags(config)} --all",
     )
+
+
+def _planned_flags(config: FinetuneConfig) -> str:
+    """Return the settings of a run that `plan` needs as well, each with a space in front."""
+    return " ".join(["", *config.flags(PLANNED_FLAGS)])
 
 
 def _refusal(
@@ -312,10 +318,9 @@ def _refusal(
     parts = dataclasses.asdict(memory(fit_dispatch(workload, layout, gpu.free), layout))
     largest = sorted(parts.items(), key=lambda item: -item[1])[:3]
     fitting = [each for each in choices if each.fits]
-    others = " ".join(["", *config.flags(PLANNED_FLAGS)])
     plan = (
         f"mixtral-run plan --gpus {world_size} --gpu-memory {gpu.total / GIB:.0f} --seq-length {config.seq_length} "
-        f"--micro-batch-size {config.micro_batch_size}{others} --all"
+        f"--micro-batch-size {config.micro_batch_size}{_planned_flags(config)} --all"
     )
     changes = [
         re.sub(r" ?--gpus (\d+)", r" on \1 GPUs", flags).strip()
