@@ -85,6 +85,7 @@ def row_of(folder: Path) -> dict[str, Any] | None:
         "data_sha256": _text(mapping(run.get("data")).get("sha256")),
         "kit": _text(kit.get("commit")) or _text(kit.get("version")),
         "settings": settings,
+        "former_settings": run.get("former_settings") or [],
         "problems": data.problems[:10],
     }
 

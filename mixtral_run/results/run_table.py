@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mixtral_run.config.former_settings import FORMER_SETTINGS, from_values, with_former
 from mixtral_run.config.verbs.align import loss_of
 from mixtral_run.errors import ConfigError
 from mixtral_run.results.read_run import number
@@ -94,11 +95,19 @@ def _validation_data(row: Mapping[str, Any]) -> str:
 
 
 def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Return (name, value, value) of each figure and of each setting that differs between two runs."""
+    """Return (name, value, value) of each figure and of each setting that differs between two runs.
+
+    A setting that --resume changed has its values before as well.
+    """
     found = [(name.replace("_", " "), _shown(first.get(name)), _shown(second.get(name))) for name in _FIGURES]
-    one, two = first.get("settings") or {}, second.get("settings") or {}
-    for name in sorted({*one, *two} - set(OF_THE_PLACE)):
-        found.append((f"--{name.replace('_', '-')}", _shown(one.get(name)), _shown(two.get(name))))
+    settings = [row.get("settings") or {} for row in (first, second)]
+    former = [from_values(row.get(FORMER_SETTINGS)) for row in (first, second)]
+    for name in sorted({*settings[0], *settings[1]} - set(OF_THE_PLACE)):
+        one, two = (
+            printable(with_former(name, _shown(each.get(name)), before))
+            for each, before in zip(settings, former, strict=True)
+        )
+        found.append((f"--{name.replace('_', '-')}", one, two))
     return [(printable(name), a, b) for name, a, b in found if a != b]
 
 

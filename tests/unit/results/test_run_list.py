@@ -20,8 +20,8 @@ from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.fleet.status.read_runs import rows_of, runs_program
 from mixtral_run.results import read_run, run_list
-from mixtral_run.results.run_list import find_runs
-from mixtral_run.results.run_table import best_run, words_for_best
+from mixtral_run.results.run_list import find_runs, row_of
+from mixtral_run.results.run_table import best_run, differences, words_for_best
 from tests.support.html_page import Page
 
 
@@ -194,3 +194,14 @@ def test_a_row_of_another_form_is_left_out_and_counted(folder: Path) -> None:
 def test_the_best_run_is_exported_by_the_verb_that_takes_it() -> None:
     assert words_for_best({"settings": {"lora_rank": 8}}) == "export --adapter"
     assert words_for_best({"settings": {"offload_optimizer": False}}) == "convert --from-megatron"
+
+
+def test_settings_that_a_resumed_run_had_before_are_compared(tmp_path: Path) -> None:
+    former = {"a": [{"iteration": 40, "settings": {"lr": 0.001}}], "b": [], "c": "no list"}
+    for name, before in former.items():
+        (tmp_path / name).mkdir()
+        record = {"name": "run", "settings": {"lr": 0.0002, "seed": 1}, "former_settings": before}
+        (tmp_path / name / "run.json").write_text(json.dumps(record))
+    rows = {name: row_of(tmp_path / name) or {} for name in former}
+    assert differences(rows["a"], rows["b"]) == [("--lr", "0.0002 (0.001 until iteration 40)", "0.0002")]
+    assert differences(rows["b"], rows["c"]) == []
