@@ -59,6 +59,7 @@ def run_case(model: Any, kept: list[Any], case: str, arguments: argparse.Namespa
     from mixtral_run.planner.memory_model import EXPERT_BYTES, host_bytes, memory
     from mixtral_run.planner.workload import GIB, Layout, Workload
     from mixtral_run.train.data.samples import MockSamples, batches
+    from mixtral_run.train.steps.adapter_adamw import AdapterAdamW
     from mixtral_run.train.steps.cuda_graph import backward_of
     from mixtral_run.train.steps.step import train_step, trainable
 
@@ -75,7 +76,7 @@ def run_case(model: Any, kept: list[Any], case: str, arguments: argparse.Namespa
     with torch.no_grad():
         for parameter, start in zip(parameters, kept, strict=True):
             parameter.copy_(start)
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    optimizer = AdapterAdamW(parameters, lr=1e-4, fused=True)
     vocabulary = model.architecture.vocab_size
     whole = micro * arguments.micro_batches
     stream = batches(MockSamples(vocabulary, seq, 1), seed=1, micro_batch_size=micro, global_batch_size=whole)

@@ -50,6 +50,7 @@ def common_calls(experts: int) -> Iterator[Call]:
     from mixtral_run.model.kernels import narrow_mm_triton as narrow
     from mixtral_run.model.kernels import norm_triton, permute_triton, rotary_triton, sort_triton, swiglu_triton
     from mixtral_run.model.kernels.loss import cross_entropy_triton
+    from mixtral_run.model.kernels.optimizer import adamw_triton
     from mixtral_run.model.kernels.routing import router_triton
 
     shape = MIXTRAL_8X7B
@@ -79,6 +80,10 @@ def common_calls(experts: int) -> Iterator[Call]:
         logits, labels = tensor(TOKENS, shape.vocab_size), tensor(TOKENS, dtype=torch.int64)
         yield partial(cross_entropy_triton.forward, logits, labels)
         yield partial(cross_entropy_triton.backward, logits, labels, factors, factors)
+        for factor in (None, tensor(dtype=torch.float32)):
+            tables = (tensor(2, 2, dtype=torch.int32), tensor(1, 10, dtype=torch.int64))
+            numbers = [tensor(1, width, dtype=torch.float32) for width in (8, 2)]
+            yield partial(adamw_triton.update, *tables, *numbers, factor)
         yield partial(router_triton.choose, tensor(TOKENS, experts, dtype=torch.float32), topk)
         chosen = tensor(TOKENS, topk, dtype=torch.int64)
         yield partial(router_triton.route_backward, probs, chosen, probs, tensor(experts, hidden), residual)

@@ -257,6 +257,11 @@ class MixtralModel(torch.nn.Module):
             layer.self_attention.linear_proj.quantize()
         self.gpt.output_layer.quantize()
 
+    def refresh_adapters(self) -> None:
+        """Update the 16-bit copies of the adapters that have changed. Every pass does; before a replay, call it."""
+        if self.settings.lora is not None and self.settings.dtype is torch.bfloat16:
+            refresh(self._adapters, self.settings.dtype)
+
     @property
     def is_capturable(self) -> bool:
         """Return True if the experts' products read the numbers of rows on the GPU: such a pass never waits for the
@@ -311,8 +316,7 @@ class MixtralModel(torch.nn.Module):
         if positions is None:
             positions = torch.arange(length, device=self.mesh.device)[None]
         cosine, sine = self.rotary.inputs(positions, self.settings.dtype)
-        if self.settings.lora is not None and self.settings.dtype is torch.bfloat16:
-            refresh(self._adapters, self.settings.dtype)
+        self.refresh_adapters()
         if packed is not None and not has_packed_attention(cosine):
             # Build the mask once for all layers.
             mask, packed = packed.mask(), None

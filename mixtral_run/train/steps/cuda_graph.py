@@ -133,6 +133,8 @@ class CapturedBackward(Backward):
         for static, new in zip(self._inputs, inputs, strict=True):
             # From other memory the driver may copy only after all that the GPU was given before.
             static.copy_(new.pin_memory() if static.is_cuda else new, non_blocking=True)
+        # Outside of the graph: the adapters are the same for all micro batches of a step.
+        self.model.refresh_adapters()
         assert not adds or self._gradients, "existing gradients must be those that the first micro batch left"
         if adds not in self._graphs:
             self._capture(adds)

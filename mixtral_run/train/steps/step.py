@@ -25,7 +25,7 @@ from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh, sum_over
 from mixtral_run.model.parallel.param_sharding import is_expert, is_partial, is_shared, is_split
 from mixtral_run.train.data.samples import GlobalBatch, MicroBatch
-from mixtral_run.train.steps.eager_optimizer import AdamW
+from mixtral_run.train.steps.adapter_adamw import AdapterAdamW, apply_gradients
 from mixtral_run.train.steps.objective import NextToken, Objective, backward, parts_of, token_losses
 
 MOST_SHORT = 3
@@ -132,7 +132,7 @@ def adapter_optimizer(model: MixtralModel, config: FinetuneConfig) -> torch.opti
             {"params": [each for name, each in others if ".linear_out" in name], LR_RATIO: config.lora_plus_ratio},
         ]
     groups += [{"params": norms, "weight_decay": 0.0}] if norms else []
-    return AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.999), fused=True)
+    return AdapterAdamW(groups, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.999), fused=True)
 
 
 def optimizer_step(
@@ -186,10 +186,8 @@ def train_step(
         result = result_of(read(), batch, objective)
         if refuses(result.loss, result.grad_norm):
             return dataclasses.replace(result, taken=False)
-    if clip_grad > 0:
-        factor = (clip_grad / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_([_gradient(parameter) for parameter in parameters], factor.float())
-    optimizer.step()
+    factor = (clip_grad / (norm + 1e-6)).clamp(max=1.0).float() if clip_grad > 0 else None
+    apply_gradients(optimizer, factor)
     # The GPU may still be at the optimizer while the host prepares the next step.
     return result or result_of(read(), batch, objective)
 

@@ -1,0 +1,140 @@
+"""AdamW over the adapters. On GPUs with our kernels one launch clips, updates, and writes the adapters' 16-bit copies.
+
+Elsewhere, and for tensors or settings that the kernel does not know, the step is torch's own. The states are those of
+torch.optim.AdamW in either case.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixtral_run.model.adapters.cast_adapters import copies_of, note_change, note_fresh
+from mixtral_run.model.kernels.optimizer.adamw import SWITCHES, Tables, Updated, group_is_suitable
+from mixtral_run.model.kernels.selected import kernels_of
+from mixtral_run.train.steps.eager_optimizer import AdamW
+
+_plain_step = inspect.unwrap(torch.optim.AdamW.step)
+
+
+@dataclass
+class _Prepared:
+    """The kernel's tables, and the tensors that they were made for."""
+
+    tables: Tables
+    parameters: Sequence[Tensor]
+    gradients: Sequence[Tensor]
+    others: Sequence[object]
+    moments: Sequence[Tensor]
+    steps: Tensor
+
+
+class AdapterAdamW(AdamW):
+    """torch.optim.AdamW, with one kernel for all parameters where it runs.
+
+    Attributes:
+        gradient_factor: fp32 scalar on the device by which the next step multiplies the gradients, for clipping; None
+            for 1. The gradients may stay as they are.
+    """
+
+    notes_changes = True
+
+    gradient_factor: Tensor | None = None
+    _prepared: _Prepared | None = None
+
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """Take a step. The copies of the adapters are those of the new values afterwards, or known to be stale."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        factor, self.gradient_factor = self.gradient_factor, None
+        found = [each for group in self.param_groups for each in group["params"] if each.grad is not None]
+        with torch.no_grad():
+            prepared = self._prepare(found)
+            if prepared is not None:
+                self._cuda_graph_capture_health_check()
+                prepared.steps.add_(1)
+                prepared.tables.update(factor)
+            elif factor is not None and found:
+                torch._foreach_mul_([each.grad for each in found], factor)
+        if prepared is None:
+            with torch.set_grad_enabled(self.defaults["differentiable"]):
+                _plain_step(self)
+        if prepared is None:
+            note_change(found)
+        else:
+            note_change([*found, *prepared.moments])
+            note_fresh(found)
+        return loss
+
+    def _prepare(self, found: Sequence[Tensor]) -> _Prepared | None:
+        """Return the tables for parameters with gradients; None where the kernel does not run."""
+        if not found or kernels_of(found[0].device) is None or hasattr(self, "grad_scale"):
+            return None
+        prepared, others = self._prepared, self._others(found)
+        gradients = [each.grad for each in found]
+        if prepared is None or not _same(prepared.parameters, found) or not _same(prepared.others, others):
+            prepared = self._prepared = self._build(found)
+        elif not _same(prepared.gradients, gradients):
+            # An eager pass makes new gradients each time; all else stays.
+            if not all(Updated.is_suitable_for(each, like) for each, like in zip(gradients, found, strict=True)):
+                return None
+            prepared.tables.replace_gradients(gradients)
+            prepared.gradients = gradients
+        return prepared
+
+    def _others(self, found: Sequence[Tensor]) -> list[object]:
+        """Return everything besides parameters and gradients that the tables depend on."""
+        states = [self.state.get(each, {}) for each in found]
+        moments = [each.get(name) for name in ("exp_avg", "exp_avg_sq", "step") for each in states]
+        kinds = [
+            each
+            for group in self.param_groups
+            for each in (type(group["lr"]), *group["betas"], *(group.get(name) for name in SWITCHES))
+        ]
+        return [*moments, *copies_of(found), *kinds]
+
+    def _build(self, found: Sequence[Tensor]) -> _Prepared | None:
+        if not all(map(group_is_suitable, self.param_groups)):
+            return None
+        for group in self.param_groups:
+            # Creates the states that are missing.
+            self._init_group(group, [], [], [], [], [], [])
+        copies = copies_of(found)
+        states = [self.state[each] for each in found]
+        # In the memory of one tensor one launch counts all of them.
+        steps = torch.stack([state["step"] for state in states])
+        updated = [
+            Updated(each, each.grad, state["exp_avg"], state["exp_avg_sq"], step, copy)
+            for each, state, step, copy in zip(found, states, steps.unbind(), copies, strict=True)
+        ]
+        if not all(each.is_suitable() and each.param.device == found[0].device for each in updated):
+            return None
+        for state, each in zip(states, updated, strict=True):
+            state["step"] = each.step
+        group_of = {each: number for number, group in enumerate(self.param_groups) for each in group["params"]}
+        tables = Tables(updated, [group_of[each] for each in found], self.param_groups)
+        gradients = [each.gradient for each in updated]
+        moments = [tensor for each in updated for tensor in (each.exp_avg, each.exp_avg_sq)]
+        return _Prepared(tables, found, gradients, self._others(found), moments, steps)
+
+
+def _same(first: Sequence[object], second: Sequence[object]) -> bool:
+    return len(first) == len(second) and all(map(is_, first, second))
+
+
+def apply_gradients(optimizer: torch.optim.Optimizer, factor: Tensor | None) -> None:
+    """Take the optimizer's step with gradients times a factor, fp32 scalar on the device; None for 1."""
+    if isinstance(optimizer, AdapterAdamW):
+        optimizer.gradient_factor = factor
+    elif factor is not None:
+        gradients = [each.grad for group in optimizer.param_groups for each in group["params"] if each.grad is not None]
+        torch._foreach_mul_(gradients, factor)
+    optimizer.step()
