@@ -51,7 +51,7 @@ class Side:
         from mixtral_run.train.steps.adapter_adamw import apply_gradients
 
         factor = torch.full((), 0.999, device="cuda")
-        gradients = [each.grad for each in self.parameters]
+        gradients = [each.grad for each in self.parameters if each.grad is not None]
         if ours:
             return {"step": lambda: apply_gradients(self.optimizer, factor), "copies": self._refresh(refresh)}
         return {
@@ -113,8 +113,8 @@ def tune(side: Side) -> None:
     import mixtral_run.model.kernels.optimizer.adamw_triton as kernel
 
     for chunk, block, warps in TUNED:
-        tables.CHUNK = kernel.CHUNK = chunk
-        kernel.BLOCK, kernel.WARPS = block, warps
+        vars(tables).update(CHUNK=chunk)
+        vars(kernel).update(CHUNK=chunk, BLOCK=block, WARPS=warps)
         side.optimizer._prepared = None
         calls = {"step": side.parts(True)["step"]}
         found = medians([seconds_of(calls) for _ in range(9)][2:])

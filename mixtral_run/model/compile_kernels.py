@@ -81,9 +81,9 @@ def common_calls(experts: int) -> Iterator[Call]:
         yield partial(cross_entropy_triton.forward, logits, labels)
         yield partial(cross_entropy_triton.backward, logits, labels, factors, factors)
         for factor in (None, tensor(dtype=torch.float32)):
-            tables = (tensor(2, 2, dtype=torch.int32), tensor(1, 10, dtype=torch.int64))
-            numbers = [tensor(1, width, dtype=torch.float32) for width in (8, 2)]
-            yield partial(adamw_triton.update, *tables, *numbers, factor)
+            chunks, table = tensor(2, 2, dtype=torch.int32), tensor(1, 10, dtype=torch.int64)
+            groups, corrections = (tensor(1, width, dtype=torch.float32) for width in (8, 2))
+            yield partial(adamw_triton.update, chunks, table, groups, corrections, factor)
         yield partial(router_triton.choose, tensor(TOKENS, experts, dtype=torch.float32), topk)
         chosen = tensor(TOKENS, topk, dtype=torch.int64)
         yield partial(router_triton.route_backward, probs, chosen, probs, tensor(experts, hidden), residual)

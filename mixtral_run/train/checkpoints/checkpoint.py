@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from mixtral_run.errors import WeightsError
+from mixtral_run.model.adapters.cast_adapters import note_change
 from mixtral_run.model.adapters.trained_also import is_trained_also
 from mixtral_run.model.mixtral import MixtralModel, is_adapter
 from mixtral_run.model.parallel.megatron import ShardedTensor
@@ -162,12 +163,16 @@ def load_adapter(model: MixtralModel, adapter: AdapterDescription) -> None:
         for name, shard in shards_of(model, adapters=True).items()
         if is_adapter(name) or is_trained_also(name, adapter.lora)
     }
-    if isinstance(adapter, PeftDescription):
-        for shard in shards.values():
-            _fill_from_peft(target_of(shard), adapter.factors)
-        return
-    check_saved_files(adapter, model.mesh)
-    _load_into(shards, adapter.folder, is_of_model)
+    try:
+        if isinstance(adapter, PeftDescription):
+            for shard in shards.values():
+                _fill_from_peft(target_of(shard), adapter.factors)
+            return
+        check_saved_files(adapter, model.mesh)
+        _load_into(shards, adapter.folder, is_of_model)
+    finally:
+        # Files are read into the memory of tensors, which torch does not see.
+        note_change(model.parameters())
 
 
 def _fill_from_peft(target: Target, factors: PeftFactors) -> None:

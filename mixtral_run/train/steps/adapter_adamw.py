@@ -10,7 +10,8 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import is_
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -18,18 +19,23 @@ from torch import Tensor
 from mixtral_run.model.adapters.cast_adapters import copies_of, note_change, note_fresh
 from mixtral_run.model.kernels.optimizer.adamw import SWITCHES, Tables, Updated, group_is_suitable
 from mixtral_run.model.kernels.selected import kernels_of
-from mixtral_run.train.steps.eager_optimizer import AdamW
+
+if TYPE_CHECKING:
+    from torch.optim import AdamW
+else:
+    from mixtral_run.train.steps.eager_optimizer import AdamW
 
 _plain_step = inspect.unwrap(torch.optim.AdamW.step)
 
 
 @dataclass
 class _Prepared:
-    """The kernel's tables, and the tensors that they were made for."""
+    """The kernel's tables, and the tensors that they were made for. gradients: weak references."""
 
     tables: Tables
     parameters: Sequence[Tensor]
-    gradients: Sequence[Tensor]
+    addresses: Sequence[int]
+    gradients: Sequence[Callable[[], Tensor | None]]
     others: Sequence[object]
     moments: Sequence[Tensor]
     steps: Tensor
@@ -44,12 +50,12 @@ class AdapterAdamW(AdamW):
     """
 
     notes_changes = True
-
     gradient_factor: Tensor | None = None
     _prepared: _Prepared | None = None
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Take a step. The copies of the adapters are those of the new values afterwards, or known to be stale."""
+        self._cuda_graph_capture_health_check()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -59,19 +65,16 @@ class AdapterAdamW(AdamW):
         with torch.no_grad():
             prepared = self._prepare(found)
             if prepared is not None:
-                self._cuda_graph_capture_health_check()
                 prepared.steps.add_(1)
-                prepared.tables.update(factor)
-            elif factor is not None and found:
+                prepared.tables.update([each.grad for each in found if each.grad is not None], factor)
+                note_change([*found, *prepared.moments])
+                note_fresh(found)
+                return loss
+            if factor is not None and found:
                 torch._foreach_mul_([each.grad for each in found], factor)
-        if prepared is None:
-            with torch.set_grad_enabled(self.defaults["differentiable"]):
-                _plain_step(self)
-        if prepared is None:
-            note_change(found)
-        else:
-            note_change([*found, *prepared.moments])
-            note_fresh(found)
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            _plain_step(self)
+        note_change(found)
         return loss
 
     def _prepare(self, found: Sequence[Tensor]) -> _Prepared | None:
@@ -79,15 +82,21 @@ class AdapterAdamW(AdamW):
         if not found or kernels_of(found[0].device) is None or hasattr(self, "grad_scale"):
             return None
         prepared, others = self._prepared, self._others(found)
-        gradients = [each.grad for each in found]
-        if prepared is None or not _same(prepared.parameters, found) or not _same(prepared.others, others):
-            prepared = self._prepared = self._build(found)
-        elif not _same(prepared.gradients, gradients):
+        gradients = [each.grad for each in found if each.grad is not None]
+        if (
+            prepared is None
+            or not _same(prepared.parameters, found)
+            or not _same(prepared.others, others)
+            or prepared.addresses != _addresses_of(found)
+        ):
+            # Old states are freed before there are others.
+            self._prepared = prepared = None
+            prepared = self._prepared = self._build(found, gradients)
+        elif not _same([each() for each in prepared.gradients], gradients):
             # An eager pass makes new gradients each time; all else stays.
             if not all(Updated.is_suitable_for(each, like) for each, like in zip(gradients, found, strict=True)):
                 return None
-            prepared.tables.replace_gradients(gradients)
-            prepared.gradients = gradients
+            prepared.gradients = list(map(ref, gradients))
         return prepared
 
     def _others(self, found: Sequence[Tensor]) -> list[object]:
@@ -101,19 +110,22 @@ class AdapterAdamW(AdamW):
         ]
         return [*moments, *copies_of(found), *kinds]
 
-    def _build(self, found: Sequence[Tensor]) -> _Prepared | None:
+    def _build(self, found: Sequence[Tensor], gradients: Sequence[Tensor]) -> _Prepared | None:
         if not all(map(group_is_suitable, self.param_groups)):
             return None
         for group in self.param_groups:
             # Creates the states that are missing.
-            self._init_group(group, [], [], [], [], [], [])
-        copies = copies_of(found)
+            self._init_group(group, [], [], [], [], [], [])  # type: ignore[no-untyped-call]
         states = [self.state[each] for each in found]
+        if len({state["step"].device for state in states}) > 1:
+            return None
         # In the memory of one tensor one launch counts all of them.
         steps = torch.stack([state["step"] for state in states])
         updated = [
-            Updated(each, each.grad, state["exp_avg"], state["exp_avg_sq"], step, copy)
-            for each, state, step, copy in zip(found, states, steps.unbind(), copies, strict=True)
+            Updated(each, gradient, state["exp_avg"], state["exp_avg_sq"], step, copy)
+            for each, gradient, state, step, copy in zip(
+                found, gradients, states, steps.unbind(), copies_of(found), strict=True
+            )
         ]
         if not all(each.is_suitable() and each.param.device == found[0].device for each in updated):
             return None
@@ -121,13 +133,17 @@ class AdapterAdamW(AdamW):
             state["step"] = each.step
         group_of = {each: number for number, group in enumerate(self.param_groups) for each in group["params"]}
         tables = Tables(updated, [group_of[each] for each in found], self.param_groups)
-        gradients = [each.gradient for each in updated]
         moments = [tensor for each in updated for tensor in (each.exp_avg, each.exp_avg_sq)]
-        return _Prepared(tables, found, gradients, self._others(found), moments, steps)
+        references = list(map(ref, gradients))
+        return _Prepared(tables, found, _addresses_of(found), references, self._others(found), moments, steps)
 
 
 def _same(first: Sequence[object], second: Sequence[object]) -> bool:
     return len(first) == len(second) and all(map(is_, first, second))
+
+
+def _addresses_of(tensors: Sequence[Tensor]) -> list[int]:
+    return [each.data_ptr() for each in tensors]
 
 
 def apply_gradients(optimizer: torch.optim.Optimizer, factor: Tensor | None) -> None:

@@ -15,7 +15,7 @@ from mixtral_run.model.parallel.mesh import Mesh
 
 KERNELS = (
     "narrow_mm_triton", "norm_triton", "permute_triton", "rotary_triton", "sort_triton", "swiglu_triton",
-    "symmetric_memory_triton", "loss.cross_entropy_triton", "routing.router_triton",
+    "symmetric_memory_triton", "loss.cross_entropy_triton", "optimizer.adamw_triton", "routing.router_triton",
 )  # fmt: skip
 """Modules of the kernels of a step, in mixtral_run.model.kernels."""
 

@@ -9,7 +9,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from mixtral_run.model.kernels.optimizer.adamw import CHUNK
+from mixtral_run.model.kernels.optimizer.layout import CHUNK
 
 
 def at(address: int, numel: int, dtype: torch.dtype) -> Tensor:
@@ -22,7 +22,7 @@ def update(chunks: Tensor, tensors: Tensor, groups: Tensor, corrections: Tensor,
     for row, number in chunks.tolist():
         *addresses, copy, step, numel, group, first, count = tensors[row].tolist()
         part = slice(number * CHUNK, (number + 1) * CHUNK)
-        param, gradient, average, square = (at(each, numel, torch.float32)[part] for each in addresses)
+        gradient, param, average, square = (at(each, numel, torch.float32)[part] for each in addresses)
         rate, beta1, beta2, decay, eps, *_ = groups[group]
         steps = int(at(step, 1, torch.float32).clamp(1, count))
         correction, root = corrections[first + steps - 1]

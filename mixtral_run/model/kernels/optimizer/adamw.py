@@ -15,15 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 8192
-"""Elements of a program."""
-TENSOR_FIELDS = 10
-"""Addresses of parameter, gradient, exp_avg, exp_avg_sq, copy (0 for none) and step; elements, row of the group, and
-the first and the number of the group's corrections."""
-GROUP_FIELDS = 8
-"""Learning rate, beta1, beta2, weight decay, epsilon; the rest is unused."""
-CORRECTION_FIELDS = 2
-"""1 - beta1^step, and the root of 1 - beta2^step."""
+from mixtral_run.model.kernels.optimizer.layout import (
+    CHUNK,
+    GROUP_FIELDS,
+    OWN_ADDRESSES,
+    TENSOR_FIELDS,
+)
+
 MOST_STEPS = 2**20
 """Steps for which corrections may be tabulated. With a beta whose power is not 0 by then there is no table."""
 ALIGNMENT_BYTES = 16
@@ -123,9 +121,7 @@ class Tables:
             for each, group in zip(updated, group_of, strict=True)
         ]
         self._tensors = [
-            tensor
-            for each in updated
-            for tensor in (each.param, each.gradient, each.exp_avg, each.exp_avg_sq, each.copy, each.step)
+            tensor for each in updated for tensor in (each.param, each.exp_avg, each.exp_avg_sq, each.copy, each.step)
         ]
         chunks = array("i")
         for row, (numel, *_) in enumerate(self._ends):
@@ -139,47 +135,33 @@ class Tables:
         self._rows = self._memory[:size].view(-1, TENSOR_FIELDS)
         self._numbers = self._memory[size:].view(torch.float32).view(-1, GROUP_FIELDS)
 
-    def replace_gradients(self, gradients: Sequence[Tensor]) -> None:
-        """Take suitable gradients in place of those so far."""
-        self._tensors[1 :: len(Updated.__dataclass_fields__)] = gradients
+    def update(self, gradients: Sequence[Tensor], factor: Tensor | None) -> None:
+        """Take one step, which the tensors of steps have already counted.
 
-    def update(self, factor: Tensor | None) -> None:
-        """Take one step, which the tensors of steps have already counted. factor: see adamw_triton.update."""
+        Args:
+            gradients: suitable for the parameters. They are not held: an eager pass makes new ones each time.
+            factor: see adamw_triton.update.
+        """
         from mixtral_run.model.kernels.optimizer.adamw_triton import update
 
-        self._send()
+        self._send(gradients)
         update(self._chunks, self._rows, self._numbers, self._corrections, factor)
 
-    def _send(self) -> None:
+    def _send(self, gradients: Sequence[Tensor]) -> None:
         """Send the tables to the device if they have changed. It does not wait for the device."""
-        addresses = [tensor.data_ptr() if tensor is not None else 0 for tensor in self._tensors]
+        addresses = [tensor.data_ptr() if tensor is not None else 0 for tensor in (*gradients, *self._tensors)]
         numbers: list[float] = []
         for group in self._groups:
             numbers += (group["lr"], *group["betas"], group["weight_decay"], group["eps"], 0.0, 0.0, 0.0)
         if self._sent == (addresses, numbers):
             return
-        content, width = array("q"), len(Updated.__dataclass_fields__)
+        content, count = array("q"), len(gradients)
         for row, end in enumerate(self._ends):
-            content.extend(addresses[row * width : (row + 1) * width])
+            content.append(addresses[row])
+            content.extend(addresses[count + row * OWN_ADDRESSES : count + (row + 1) * OWN_ADDRESSES])
             content.extend(end)
         content.frombytes(array("f", numbers).tobytes())
         host = torch.frombuffer(content, dtype=torch.int64)
         # Only a copy from pinned memory does not let the host wait. It is not reused before the copy has arrived.
         self._memory.copy_(host.pin_memory() if self._memory.is_cuda else host, non_blocking=True)
         self._sent = addresses, numbers
-
-
-@torch.no_grad()
-def plain_update(updated: Sequence[Updated], group: Mapping[str, Any], factor: float | None) -> None:
-    """Update tensors as the kernel does, in the dtype that they have: its reference."""
-    beta1, beta2 = group["betas"]
-    for each in updated:
-        gradient = each.gradient if factor is None else each.gradient * factor
-        each.exp_avg.lerp_(gradient, 1 - beta1)
-        each.exp_avg_sq.lerp_(gradient.square(), 1 - beta2)
-        steps = float(each.step)
-        root = (each.exp_avg_sq / (1 - beta2**steps)).sqrt() + group["eps"]
-        each.param.mul_(1 - group["lr"] * group["weight_decay"])
-        each.param.sub_(group["lr"] / (1 - beta1**steps) * each.exp_avg / root)
-        if each.copy is not None:
-            each.copy.copy_(each.param)

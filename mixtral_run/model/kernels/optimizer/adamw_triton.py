@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixtral_run.model.kernels.optimizer.adamw import CHUNK, CORRECTION_FIELDS, GROUP_FIELDS, TENSOR_FIELDS
+from mixtral_run.model.kernels.optimizer.layout import CHUNK, CORRECTION_FIELDS, GROUP_FIELDS, TENSOR_FIELDS
 
 BLOCK = 2048
 """Elements that a program has in registers at once."""
@@ -92,8 +92,8 @@ def _adamw_kernel(
     row = tensors_ptr + tl.load(chunk) * TENSOR_FIELDS
     first = tl.load(chunk + 1) * CHUNK
     # Addresses are multiples of 16 (adamw.py checks it); the compiler cannot know that of loaded ones.
-    param_ptr = tl.multiple_of(tl.load(row).to(tl.pointer_type(tl.float32)), 16)
-    gradient_ptr = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(tl.float32)), 16)
+    gradient_ptr = tl.multiple_of(tl.load(row).to(tl.pointer_type(tl.float32)), 16)
+    param_ptr = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(tl.float32)), 16)
     average_ptr = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(tl.float32)), 16)
     square_ptr = tl.multiple_of(tl.load(row + 3).to(tl.pointer_type(tl.float32)), 16)
     copy_address = tl.load(row + 4)

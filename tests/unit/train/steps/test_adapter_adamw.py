@@ -6,13 +6,15 @@ import importlib.util
 import os
 import sys
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
 from torch import Tensor
 
 from mixtral_run.model.adapters import cast_adapters
-from mixtral_run.model.kernels.optimizer.adamw import CHUNK, corrections_of, num_corrections
+from mixtral_run.model.kernels.optimizer.adamw import corrections_of, num_corrections
+from mixtral_run.model.kernels.optimizer.layout import CHUNK
 from mixtral_run.train.steps import adapter_adamw
 from mixtral_run.train.steps.adapter_adamw import AdapterAdamW, apply_gradients
 from mixtral_run.train.steps.eager_optimizer import AdamW
@@ -61,6 +63,11 @@ def give(tensors: list[torch.nn.Parameter], number: int, scale: float = 1.0, ski
     for index, each in enumerate(tensors):
         gradient = torch.randn(each.shape, generator=generator) * 10.0 ** (-index)
         each.grad = (gradient * scale).to(each.dtype) if index != skipped else None
+
+
+def gradient_of(parameter: torch.nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def states(optimizer: torch.optim.Optimizer, tensors: list[torch.nn.Parameter]) -> list[Tensor]:
@@ -113,10 +120,10 @@ def test_gradients_stay_as_they_are_and_a_factor_counts_once(used: list[int]) ->
     mine = parameters()
     optimizer = AdapterAdamW(mine, **SETTINGS)
     give(mine, 0)
-    before = [each.grad.clone() for each in mine]
+    before = [gradient_of(each).clone() for each in mine]
     apply_gradients(optimizer, torch.tensor(0.5))
     assert optimizer.gradient_factor is None
-    assert all(torch.equal(each.grad, gradient) for each, gradient in zip(mine, before, strict=True))
+    assert all(torch.equal(gradient_of(each), gradient) for each, gradient in zip(mine, before, strict=True))
     assert used == [5]
 
 
@@ -127,7 +134,8 @@ def test_a_gradient_or_a_factor_that_is_not_a_number_spoils_what_it_spoils_in_to
         optimizer = kind(groups_of(tensors), **SETTINGS)
         for number, factor in enumerate((1.0, 0.5, float("nan"))):
             give(tensors, number)
-            tensors[0].grad[1, 2], tensors[3].grad[0, 0, 0] = torch.nan, torch.inf
+            gradients = [gradient_of(each) for each in tensors]
+            gradients[0][1, 2], gradients[3][0, 0, 0] = torch.nan, torch.inf
             apply_gradients(optimizer, torch.tensor(factor))
             found.append([each.isfinite().logical_not() for each in states(optimizer, tensors)])
     for mine_are, torchs_are in zip(found[:3], found[3:], strict=True):
@@ -177,6 +185,20 @@ def test_tensors_that_moved_are_found_again(used: list[int]) -> None:
     assert len(used) == 5
 
 
+def test_gradients_are_not_held(used: list[int]) -> None:
+    """An eager pass frees them before it makes new ones."""
+    mine = parameters()
+    optimizer = AdapterAdamW(mine, **SETTINGS)
+    for number in range(2):
+        give(mine, number)
+        held = [ref(gradient_of(each)) for each in mine]
+        optimizer.step()
+        for each in mine:
+            each.grad = None
+        assert [each() for each in held] == [None] * len(mine)
+    assert used == [5, 5]
+
+
 @pytest.mark.parametrize("how", ["dtype", "strided", "amsgrad", "maximize", "tensor rate"])
 def test_what_the_kernel_does_not_know_is_left_to_torch(used: list[int], how: str) -> None:
     found = []
@@ -205,7 +227,12 @@ def test_copies_are_fresh_after_a_step_and_only_then(used: list[int], monkeypatc
     assert all(each._version > before for each, before in zip(mine, versions, strict=True))
     copied: list[int] = []
     copy = torch._foreach_copy_
-    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, source: copied.append(len(to)) or copy(to, source))
+
+    def counting(to: list[Tensor], source: list[Tensor]) -> None:
+        copied.append(len(to))
+        copy(to, source)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", counting)
     cast_adapters.refresh(with_copy, torch.bfloat16)
     assert copied == [] and used == [5]
     assert_are_casts(with_copy)
