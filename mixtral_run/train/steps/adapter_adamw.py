@@ -55,7 +55,6 @@ class AdapterAdamW(AdamW):
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Take a step. The copies of the adapters are those of the new values afterwards, or known to be stale."""
-        self._cuda_graph_capture_health_check()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -80,6 +79,9 @@ class AdapterAdamW(AdamW):
     def _prepare(self, found: Sequence[Tensor]) -> _Prepared | None:
         """Return the tables for parameters with gradients; None where the kernel does not run."""
         if not found or kernels_of(found[0].device) is None or hasattr(self, "grad_scale"):
+            return None
+        if found[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            # A replay would send tables of memory that is gone; torch's step says what it needs.
             return None
         prepared, others = self._prepared, self._others(found)
         gradients = [each.grad for each in found if each.grad is not None]
@@ -113,10 +115,7 @@ class AdapterAdamW(AdamW):
     def _build(self, found: Sequence[Tensor], gradients: Sequence[Tensor]) -> _Prepared | None:
         if not all(map(group_is_suitable, self.param_groups)):
             return None
-        for group in self.param_groups:
-            # Creates the states that are missing.
-            self._init_group(group, [], [], [], [], [], [])  # type: ignore[no-untyped-call]
-        states = [self.state[each] for each in found]
+        states = [self._state_of(each) for each in found]
         if len({state["step"].device for state in states}) > 1:
             return None
         # In the memory of one tensor one launch counts all of them.
@@ -136,6 +135,15 @@ class AdapterAdamW(AdamW):
         moments = [tensor for each in updated for tensor in (each.exp_avg, each.exp_avg_sq)]
         references = list(map(ref, gradients))
         return _Prepared(tables, found, _addresses_of(found), references, self._others(found), moments, steps)
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Return the state of a parameter; if it has none, the one that torch's fused AdamW begins with."""
+        state: dict[str, Tensor] = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        return state
 
 
 def _same(first: Sequence[object], second: Sequence[object]) -> bool:

@@ -65,10 +65,11 @@ class Updated:
 
 
 def group_is_suitable(group: Mapping[str, Any]) -> bool:
-    """Return True if the kernel computes what torch.optim.AdamW computes for a group of parameters."""
+    """Return True if the kernel computes what torch.optim.AdamW(fused=True) computes for a group of parameters."""
     numbers = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
     return (
-        not any(group.get(name) for name in SWITCHES)
+        group.get("fused") is True
+        and not any(group.get(name) for name in SWITCHES)
         and all(isinstance(each, (int, float)) for each in numbers)
         and num_corrections(*group["betas"]) <= MOST_STEPS
     )

@@ -199,10 +199,10 @@ def test_gradients_are_not_held(used: list[int]) -> None:
     assert used == [5, 5]
 
 
-@pytest.mark.parametrize("how", ["dtype", "strided", "amsgrad", "maximize", "tensor rate"])
+@pytest.mark.parametrize("how", ["dtype", "strided", "not fused", "amsgrad", "maximize", "tensor rate"])
 def test_what_the_kernel_does_not_know_is_left_to_torch(used: list[int], how: str) -> None:
     found = []
-    settings = {**SETTINGS, "amsgrad": how == "amsgrad", "maximize": how == "maximize"}
+    settings = {**SETTINGS, **{name: how == name for name in ("amsgrad", "maximize")}, "fused": how != "not fused"}
     if how == "tensor rate":
         settings["lr"] = torch.tensor(1e-2)
     for kind in (AdapterAdamW, AdamW):
