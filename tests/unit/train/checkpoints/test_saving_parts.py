@@ -327,7 +327,8 @@ def test_an_adapter_is_checked_and_then_read(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(checkpoint, "_load_into", lambda *given: events.append(given[:2]))
     monkeypatch.setattr(checkpoint, "_fill_from_peft", lambda *given: events.append(given))
     monkeypatch.setattr(checkpoint, "target_of", lambda shard: f"target {shard}")
-    model: Any = SimpleNamespace(mesh="mesh")
+    weight = torch.ones(1)
+    model: Any = SimpleNamespace(mesh="mesh", parameters=lambda: [weight])
     lora = LoraSettings(2, 2.0, 0.0, ("linear_qkv",), train_also=("router",))
     adapter: Any = SimpleNamespace(lora=lora, folder="folder")
     checkpoint.load_adapter(model, adapter)
@@ -336,6 +337,7 @@ def test_an_adapter_is_checked_and_then_read(monkeypatch: pytest.MonkeyPatch) ->
     events.clear()
     checkpoint.load_adapter(model, peft)
     assert events == [("target A", "factors"), ("target R", "factors")]
+    assert weight._version == 2, "each load notes that torch does not see what it writes"
 
 
 def test_rows_of_padding_are_zeros_and_others_are_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:

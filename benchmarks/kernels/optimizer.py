@@ -1,6 +1,6 @@
 """The optimizer's part of a LoRA step on Mixtral's adapters alone: by torch, and by one kernel (kernels/optimizer/).
 
-    python -m benchmarks.optimizer [--rounds 15] [--tune]
+    python -m benchmarks.kernels.optimizer [--rounds 15] [--tune]
 
 Both sides take the same gradients, in turns; a round is one step with clipping and the copies in bf16. Milliseconds of
 the GPU, medians, each side's parts too; then how far parameters and moments are apart after the rounds, which began
@@ -151,5 +151,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     main()
