@@ -74,7 +74,7 @@ def seconds_of(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
 
     events = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
     # Keeps the GPU busy while the host launches: what is measured is the GPU's own time.
-    torch.cuda._sleep(10_000_000)
+    torch.cuda._sleep(40_000_000)
     begin = time.perf_counter()
     events[0].record()
     for event, call in zip(events[1:], calls.values(), strict=True):
