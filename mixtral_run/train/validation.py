@@ -141,9 +141,18 @@ class Validation:
 
 def rows_by_pass(num_rows: int, micro_batch_size: int, mesh: Mesh) -> Iterator[tuple[int | None, ...]]:
     """Yield the rows of each pass on this data-parallel rank. All ranks make as many passes; None is a missing row."""
-    step = micro_batch_size * mesh.data_size
-    for first in range(mesh.data_rank * micro_batch_size, math.ceil(num_rows / step) * step, step):
-        yield tuple(row if row < num_rows else None for row in range(first, first + micro_batch_size))
+    for rows_of_ranks in rows_of_all_ranks(num_rows, micro_batch_size, mesh.data_size):
+        yield rows_of_ranks[mesh.data_rank]
+
+
+def rows_of_all_ranks(
+    num_rows: int, micro_batch_size: int, data_size: int
+) -> Iterator[tuple[tuple[int | None, ...], ...]]:
+    """Yield the rows of each pass on each of `data_size` data-parallel ranks. None is a missing row."""
+    step = micro_batch_size * data_size
+    for first in range(0, num_rows, step):
+        rows = [row if row < num_rows else None for row in range(first, first + step)]
+        yield tuple(tuple(rows[at : at + micro_batch_size]) for at in range(0, step, micro_batch_size))
 
 
 @contextmanager

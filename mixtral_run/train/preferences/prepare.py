@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from mixtral_run.config.verbs.align import AlignConfig
@@ -19,10 +18,12 @@ from mixtral_run.train.checkpoints.checkpoint import load_adapter
 from mixtral_run.train.checkpoints.init_adapter import describe_init_adapter
 from mixtral_run.train.data.preferences import PreferenceSamples
 from mixtral_run.train.preferences.objective import PreferenceObjective
+from mixtral_run.train.preferences.passes import training_passes
 from mixtral_run.train.preferences.reference import add_references
 from mixtral_run.train.run import Run
 from mixtral_run.train.run_checkpoints import changed_reference
 from mixtral_run.train.steps.objective import NextToken, Objective
+from mixtral_run.train.validation import rows_of_all_ranks
 from mixtral_run.weights.manifest.describe import AdapterDescription, BaseDescription
 
 
@@ -40,18 +41,17 @@ def prepare_references(run: Run, config: FinetuneConfig, base: BaseDescription) 
         return
     samples, validation = run.data.samples, run.data.validation
     assert isinstance(samples, PreferenceSamples), "align trains on preferences"
-    positions = range(run.start * config.global_batch_size, config.iterations * config.global_batch_size)
-    needed = np.unique(np.fromiter((samples.index_of(each, config.seed) for each in positions), np.int64))
+    passes = training_passes(samples, config, run.start, run.mesh.data_size)
     fingerprint, as_reference = base.fingerprint, partial(without_adapters, run.model)
     if config.compares_with_adapter:
         adapter = describe_init_adapter(config, base)
         fingerprint += f" {_hash_of(adapter.folder)}" if run.mesh.is_first else ""
         as_reference = partial(_with_adapter, run.model, adapter)
     why = changed_reference(run, config)
-    add_references(config, fingerprint, as_reference, run.model, samples, needed, run.report, why)
+    add_references(config, fingerprint, as_reference, run.model, samples, passes, run.report, why)
     if validation is not None:
         assert isinstance(validation, PreferenceSamples)
-        whole = np.arange(len(validation))
+        whole = rows_of_all_ranks(len(validation), config.micro_batch_size, run.mesh.data_size)
         add_references(config, fingerprint, as_reference, run.model, validation, whole, run.report, why)
     run.meter.restart()
 

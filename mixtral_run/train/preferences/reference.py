@@ -1,8 +1,8 @@
 """Log-probabilities by the reference model, which is the trained model with its adapters off, or with those of
 --init-adapter.
 
-They are computed once, before the first iteration, for the samples that the run takes, and stored in the token cache of
-the data: another run with the same base and data finds them there.
+They are computed once, before the first iteration, for the samples that the run takes, in the passes in which training
+sees them first, and stored in the token cache of the data: another run with the same base and data finds them there.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,8 @@ from mixtral_run.terminal.report import Report
 from mixtral_run.train.data.preferences import PreferenceSamples
 from mixtral_run.train.data.samples import MicroBatch
 from mixtral_run.train.preferences.objective import log_probabilities
-from mixtral_run.train.validation import evaluating, rows_by_pass
+from mixtral_run.train.preferences.passes import ReferencePass, SamplesOfRanks, passes_with_new_samples
+from mixtral_run.train.validation import evaluating
 from mixtral_run.weights.io.files import sync_path
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def add_references(
     as_reference: Callable[[], AbstractContextManager[None]],
     model: MixtralModel,
     samples: PreferenceSamples,
-    needed: NDArray[np.int64],
+    passes: Iterable[SamplesOfRanks],
     report: Report,
     why: str | None = None,
 ) -> None:
@@ -103,8 +104,8 @@ def add_references(
         fingerprint: of the reference; used in the first rank.
         as_reference: returns a context in which the model is the reference.
         model: of the run.
-        samples: of the run; those in `needed` get their values.
-        needed: numbers of samples, ascending.
+        samples: of the run; those in `passes` get their values.
+        passes: the passes over samples that the run will make.
         report: gets lines about what is computed, and a progress bar.
         why: what makes this reference another one than that of the run so far; None if nothing does.
     """
@@ -114,63 +115,57 @@ def add_references(
     size = len(samples.arrays)
     samples.reference = values[:size]
     samples.mismatched_reference = values[size:] if config.method == KTO else None
-    unknown = np.isnan(values.reshape(-1, size).sum(axis=0))
-    missing = [index for index in needed.tolist() if unknown[samples.entries_of(index)].any()]
+    known = ~np.isnan(values.reshape(-1, size).sum(axis=0))
+    missing, num_samples = passes_with_new_samples(passes, samples, known)
     if not missing:
-        report.say(f"Reference: the log-probabilities of {len(needed):,} samples are in {file.path}")
+        report.say(f"Reference: the log-probabilities of {num_samples:,} samples are in {file.path}")
         return
+    num_missing = sum(each.num_new for each in missing)
     report.say(
-        f"Reference: computing the log-probabilities of {len(missing):,} samples "
-        f"({len(needed) - len(missing):,} are known)"
-        + (f", because the reference is another one: {why}" if why else "")
+        f"Reference: computing the log-probabilities of {num_missing:,} samples "
+        f"({num_samples - num_missing:,} are known)" + (f", because the reference is another one: {why}" if why else "")
     )
-    with as_reference(), report.progress(len(missing), "reference", "samples") as progress:
-        for begin in range(0, len(missing), SAMPLES_BETWEEN_WRITES):
-            part = missing[begin : begin + SAMPLES_BETWEEN_WRITES]
-            _compute(config, model, samples, part, values, progress.advance)
+    between = max(1, SAMPLES_BETWEEN_WRITES // (config.micro_batch_size * mesh.data_size))
+    with as_reference(), report.progress(num_missing, "reference", "samples") as progress:
+        for begin in range(0, len(missing), between):
+            _compute(model, samples, missing[begin : begin + between], values, progress.advance)
             if mesh.is_first:
                 _write(file, values, report)
 
 
 def _compute(
-    config: AlignConfig,
     model: MixtralModel,
     samples: PreferenceSamples,
-    indices: list[int],
+    passes: Sequence[ReferencePass],
     values: NDArray[np.float64],
     advance: Callable[[int], None],
 ) -> None:
-    """Fill in the values of some samples by the model as it is. All ranks must call.
+    """Fill in the values of the new samples of some passes by the model as it is. All ranks must call.
 
-    advance: called with the number of samples that the ranks have computed.
+    Values that are known stay. advance: called with the number of samples that the ranks have computed.
     """
-    mesh, size, left = model.mesh, len(samples.arrays), len(indices)
-    found = torch.zeros(len(values), dtype=torch.float64)
-    times = torch.zeros(len(values), dtype=torch.float64)
+    mesh, size = model.mesh, len(samples.arrays)
+    found = torch.zeros(2, len(values), dtype=torch.float64)
     with evaluating(model):
-        for numbers in rows_by_pass(len(indices), config.micro_batch_size, mesh):
-            chosen = [indices[number] if number is not None else None for number in numbers]
+        for each in passes:
+            chosen, is_new = each.samples[mesh.data_rank], each.is_new[mesh.data_rank]
             micro = samples.micro_batch(chosen)
-            entries = np.asarray(
-                [entry for index in chosen for entry in samples.entries_of(index or 0)], dtype=np.int64
-            )
-            passes: list[tuple[MicroBatch, NDArray[np.int64]]] = [(micro, entries)]
-            if samples.mismatched_reference is not None and micro.answers is not None:
-                passes.append((samples.mismatched(entries, micro.answers.counts), entries + size))
-            for each, places in passes:
-                assert micro.answers is not None
-                logps = log_probabilities(model, each).cpu()
-                counted = micro.answers.counts > 0
-                at = torch.from_numpy(places)[counted]
-                found[at], times[at] = logps[counted], 1.0
+            assert micro.answers is not None
+            of_samples = [samples.entries_of(index or 0) for index in chosen]
+            entries = np.asarray([entry for part in of_samples for entry in part], dtype=np.int64)
+            new = np.repeat(is_new, [len(part) for part in of_samples])
+            parts: list[tuple[MicroBatch, NDArray[np.int64]]] = [(micro, entries)]
+            if samples.mismatched_reference is not None:
+                parts.append((samples.mismatched(entries, micro.answers.counts), entries + size))
+            for part, places in parts:
+                logps = log_probabilities(model, part).cpu()
+                found[:, places[new]] = torch.stack((logps[new], torch.ones(int(new.sum())).double()))
             note_progress()
-            step = min(left, config.micro_batch_size * mesh.data_size)
-            left -= step
-            advance(step)
-    both = sum_over(torch.stack((found, times)).to(mesh.device), mesh.data_group).cpu()
-    known = both[1] > 0
-    # An answer that several ranks computed has the mean of their values on all of them.
-    values[known.numpy()] = (both[0][known] / both[1][known]).numpy()
+            advance(each.num_new)
+    sums, times = sum_over(found.to(mesh.device), mesh.data_group).cpu().numpy()
+    computed = (times > 0) & np.isnan(values)
+    # An answer that several ranks computed, as the data repeat it, has the mean of their values on all of them.
+    values[computed] = sums[computed] / times[computed]
 
 
 def _write(file: ReferenceFile, values: NDArray[np.float64], report: Report) -> None:

@@ -31,7 +31,7 @@ from mixtral_run.train.preferences.objective import PreferenceObjective
 from mixtral_run.train.preferences.prepare import _with_adapter
 from mixtral_run.train.preferences.reference import ReferenceFile, add_references
 from mixtral_run.train.steps.step import EagerBackward, train_step, trainable
-from mixtral_run.train.validation import Validation
+from mixtral_run.train.validation import Validation, rows_of_all_ranks
 from tests.multiprocess.conftest import SMALL
 from tests.unit.model.recompute.test_recompute import model_of
 
@@ -105,9 +105,8 @@ def taken(
 ) -> tuple[float, dict[str, float], dict[str, Tensor]]:
     """Loss, figures and gradients of one step over a global batch."""
     if config.has_reference:
-        add_references(
-            config, "base", partial(without_adapters, model), model, samples, np.arange(len(samples)), Report.silent()
-        )
+        passes = rows_of_all_ranks(len(samples), config.micro_batch_size, 1)
+        add_references(config, "base", partial(without_adapters, model), model, samples, passes, Report.silent())
     batch = next(
         batches(samples, seed=0, micro_batch_size=config.micro_batch_size, global_batch_size=config.global_batch_size)
     )
@@ -284,9 +283,7 @@ def test_stored_references_are_used_and_damaged_ones_are_not(
     config = config_of("dpo")
     answers = [each for pair in pairs_of(6) for each in pair]
     samples = samples_of(answers, tmp_path, config)
-    add_references(
-        config, "base", partial(without_adapters, model), model, samples, np.asarray([1, 4]), Report.silent()
-    )
+    add_references(config, "base", partial(without_adapters, model), model, samples, [((1, 4),)], Report.silent())
     assert samples.reference is not None
     known = [number for number in range(12) if not math.isnan(samples.reference[number])]
     assert known == [2, 3, 8, 9]
@@ -297,15 +294,15 @@ def test_stored_references_are_used_and_damaged_ones_are_not(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.5)
-    add_references(config, "base", partial(without_adapters, model), model, again, np.asarray([1, 4]), Report.silent())
+    add_references(config, "base", partial(without_adapters, model), model, again, [((1, 4),)], Report.silent())
     np.testing.assert_array_equal(again.reference, samples.reference)
     why = "--base-precision fp8 (was bf16)"
-    add_references(config, "another", partial(without_adapters, model), model, again, np.asarray([1, 4]), Report(), why)
+    add_references(config, "another", partial(without_adapters, model), model, again, [((1, 4),)], Report(), why)
     assert f"2 samples (0 are known), because the reference is another one: {why}\n" in capsys.readouterr().out
     assert again.reference[2] != samples.reference[2] and len(list(tmp_path.iterdir())) == 2
     written[-20] ^= 1
     file.write_bytes(written)
-    add_references(config, "base", partial(without_adapters, model), model, again, np.asarray([1, 4]), Report.silent())
+    add_references(config, "base", partial(without_adapters, model), model, again, [((1, 4),)], Report.silent())
     assert again.reference[2] != samples.reference[2]
 
 
@@ -351,7 +348,7 @@ def test_the_reference_may_have_the_adapter_of_the_start(model: MixtralModel, tm
             yield
 
     samples = samples_of(answers, tmp_path, config)
-    add_references(config, "base with adapter", as_start, model, samples, np.arange(6), Report.silent())
+    add_references(config, "base with adapter", as_start, model, samples, rows_of_all_ranks(6, 2, 1), Report.silent())
     assert samples.reference is not None and samples.reference.tolist() == pytest.approx(expected, abs=1e-3)
     for name, value in gradient_free_copy(model).items():
         assert torch.equal(value, trained[name])
