@@ -12,6 +12,7 @@ from mixtral_run.config.fields import SETTINGS_ERROR
 from mixtral_run.config.launch import CONVERTED_LAYOUT, LaunchConfig
 from mixtral_run.config.lora import LORA_SHAPE
 from mixtral_run.config.recompute import RECOMPUTE, RUNS_AGAIN
+from mixtral_run.config.verbs.align import AlignConfig
 from mixtral_run.config.verbs.generate import InferenceConfig
 from mixtral_run.config.verbs.pretrain import PretrainConfig
 from mixtral_run.config.verbs.training import FinetuneConfig, TrainingConfig
@@ -234,8 +235,8 @@ def workload_of(
         compute_capability=capability,
         kernels=config.kernels,
         cuda_graphs=config.cuda_graphs,
-        # The passes without gradients of align are those of an evaluation.
-        has_validation=config.has_validation or config.preferences is not None,
+        # Passes without gradients of align are those of an evaluation.
+        has_validation=config.has_validation or (isinstance(config, AlignConfig) and config.has_reference),
         context_parallel_size=config.planned_context_size,
         expert_chunks=config.expert_chunks,
         recompute_layers=config.recompute_layers,

@@ -13,7 +13,7 @@ from typing import Any
 from mixtral_run.config.fields import SETTINGS_ERROR
 from mixtral_run.config.gpus import DEFAULT_MEMORY_GIB, GPU_MODELS, GPUS_PER_HOST, HOPPER
 from mixtral_run.config.lora import LORA_SHAPE
-from mixtral_run.config.verbs.align import rows_per_sample
+from mixtral_run.config.verbs.align import WITH_REFERENCE, rows_per_sample
 from mixtral_run.config.verbs.plan import PlanConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.model.architecture import MIXTRAL_8X7B
@@ -149,9 +149,8 @@ def workload_of(config: PlanConfig, gpu: PlannedGpu) -> Workload:
         attention_precision=config.attention_precision,
         compute_capability=gpu.compute_capability,
         kernels=config.kernels,
-        cuda_graphs=config.method is None,
-        # The passes without gradients of align are those of an evaluation.
-        has_validation=config.method is not None,
+        # Passes without gradients of align are those of an evaluation.
+        has_validation=config.method in WITH_REFERENCE,
         context_parallel_size=1 if config.method else config.context_parallel_size,
         expert_chunks=config.expert_chunks,
     )
@@ -195,8 +194,6 @@ def _report_best(config: PlanConfig, workload: Workload, gpu: PlannedGpu, best: 
     if not best.fits:
         return
     settings = " ".join(["", *config.flags(RUN_SETTINGS)])
-    if config.method is not None:
-        report.say("align does not capture its passes as CUDA graphs: short rows train more slowly than with finetune")
     report.say(
         f"  next: mixtral-run {'finetune' if config.method is None else 'align'} … {best.layout.flags()}{settings}"
     )

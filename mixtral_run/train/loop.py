@@ -21,6 +21,7 @@ from mixtral_run.train.checkpoints.newest_good import settle_resume
 from mixtral_run.train.checkpoints.run_folder import check_shared, own_output, report_disk_use
 from mixtral_run.train.checkpoints.saving import AdapterSaver
 from mixtral_run.train.data.packing import PackedSamples
+from mixtral_run.train.data.preferences import PreferenceSamples
 from mixtral_run.train.full.full_run import full_finetune, sharded_step
 from mixtral_run.train.load_model import loaded
 from mixtral_run.train.outcome.log_to import scalar_loggers
@@ -72,7 +73,7 @@ def finetune(config: FinetuneConfig) -> None:
             torch.cuda.get_device_capability(),
         )
         tokens = config.micro_batch_size * config.rows_per_sample * config.seq_length
-        most = samples.most if isinstance(samples, PackedSamples) else None
+        most = samples.most if isinstance(samples, PackedSamples | PreferenceSamples) else None
         captured = config.cuda_graphs and (most is None or most.pay(config.seq_length))
         objective = objective_of(config)
         with backward_of(

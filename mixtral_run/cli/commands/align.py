@@ -22,6 +22,6 @@ def align(config: AlignConfig) -> None:
     """Fine-tune a base model with LoRA on preferences: DPO, KTO, ORPO or SimPO.
 
     The reference is the same model with its adapters off, or with those of --init-adapter: no second copy is in
-    memory. Passes are not captured as CUDA graphs, so that short rows train more slowly than with finetune.
+    memory.
     """
     run_training(config)

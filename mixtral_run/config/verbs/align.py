@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from mixtral_run.config.data import AUTO, DPO, KTO, METHODS, ORPO, PAIRS, SIMPO, UNPAIRED
-from mixtral_run.config.fields import DATA, LAYOUT, LORA, MEMORY, OPTIMIZER, PREFERENCES, setting
+from mixtral_run.config.fields import DATA, LAYOUT, LORA, OPTIMIZER, PREFERENCES, setting
 from mixtral_run.config.lora import TRAINED_ALSO
 from mixtral_run.config.verbs.training import FinetuneConfig
 
@@ -118,9 +118,6 @@ class AlignConfig(FinetuneConfig):
         section=DATA,
     )
     mock_data: bool = setting(False, help="Not used: random tokens have no preferences.", section=DATA, hidden=True)
-    cuda_graphs: bool = setting(
-        False, help="Not used: the passes of align are not captured.", section=MEMORY, hidden=True
-    )
     context_parallel_size: int | None = setting(
         None, help="Not used: the losses of align compare whole rows.", minimum=1, section=LAYOUT, hidden=True
     )
@@ -190,8 +187,6 @@ class AlignConfig(FinetuneConfig):
         found = super().problems()
         if self.mock_data:
             found.append("--mock-data: expected --data-path; random tokens have no preferences")
-        if self.cuda_graphs:
-            found.append("--cuda-graphs: align does not capture its passes; expected the setting not to be given")
         if self.train_also:
             found.append(
                 "--train-also: align trains adapters only, since its reference is the base with the adapters off; "

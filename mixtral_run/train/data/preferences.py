@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from mixtral_run.errors import ConfigError
+from mixtral_run.model.attention.packed_attention import PackedSizes
 from mixtral_run.train.data.cache.token_arrays import TokenArrays
-from mixtral_run.train.data.packing import PackedSamples, joined_row, pack_lengths
+from mixtral_run.train.data.packing import PackedSamples, Packing, joined_row, pack_lengths
 from mixtral_run.train.data.samples import (
     NUM_PROBLEMS_SHOWN,
     Answers,
@@ -49,6 +50,7 @@ class PreferenceSamples:
         reference: log-probability of each answer of the cache by the reference model, float64 [answers of the cache];
             NaN where it is not known; None if none is needed.
         mismatched_reference: the same of each prompt with another answer; None if none is needed.
+        most: the largest sizes of packed rows; None if rows are not packed.
 
     Raises:
         ConfigError: answers are longer than a row; their places are listed.
@@ -81,6 +83,7 @@ class PreferenceSamples:
         self.chosen_examples = self.examples if is_chosen.all() else self._part(is_chosen, where)
         positions = self.examples.num_positions_of_all.reshape(-1, self._width)
         self._packing = pack_lengths(positions.sum(axis=1), seq_length) if packs else None
+        self.most = _most_of(self._packing, positions, seq_length) if self._packing is not None else None
         self._text_tokens = np.where(is_chosen.reshape(-1, self._width), positions, 0).sum(axis=1)
         self._order = ShuffledOrder(len(self))
         self._previous = _previous_answers(lengths) if not paired else None
@@ -298,6 +301,13 @@ def _refuse_too_long(
         next_command=f"--seq-length {needed}, or --skip-bad-examples to leave them out"
         + (", or without --pack" if together else ""),
     )
+
+
+def _most_of(packing: Packing, positions: NDArray[np.int64], seq_length: int) -> PackedSizes:
+    """Return the largest sizes of packed rows. positions: of each answer of each item, [items, answers]."""
+    padding = seq_length - np.add.reduceat(positions.sum(axis=1)[packing.items], packing.offsets[:-1])
+    num_answers = int(np.diff(packing.offsets).max()) * positions.shape[1]
+    return PackedSizes(num_answers + 1, max(int(positions.max()), int(padding.max())))
 
 
 def _previous_answers(lengths: NDArray[np.int64]) -> NDArray[np.int64]:

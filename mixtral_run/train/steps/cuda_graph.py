@@ -24,6 +24,7 @@ from mixtral_run.model.dispatch.symmetric_memory import SymmetricMemoryDispatche
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.planner import policy
 from mixtral_run.train.data.samples import MicroBatch
+from mixtral_run.train.steps.captured_losses import CapturedLosses, copy_into
 from mixtral_run.train.steps.objective import Objective, backward
 from mixtral_run.train.steps.step import Backward, EagerBackward, trainable
 
@@ -124,15 +125,14 @@ class CapturedBackward(Backward):
         self._inputs: list[Tensor] = []
         self._gradients: list[Tensor | None] = []
         self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._losses: CapturedLosses | None = None
 
     def __call__(self, micro: MicroBatch, num_loss_tokens: int) -> Tensor:
         adds = any(parameter.grad is not None for parameter in self._parameters)
         inputs = self._inputs_of(micro, num_loss_tokens)
         if not self._inputs:
-            self._inputs = [new.to(self.model.mesh.device) for new in inputs]
-        for static, new in zip(self._inputs, inputs, strict=True):
-            # From other memory the driver may copy only after all that the GPU was given before.
-            static.copy_(new.pin_memory() if static.is_cuda else new, non_blocking=True)
+            self._inputs = [new.to(self.model.mesh.device, copy=True) for new in inputs]
+        copy_into(self._inputs, inputs)
         # Outside of the graph: the adapters are the same for all micro batches of a step.
         self.model.refresh_adapters()
         assert not adds or self._gradients, "existing gradients must be those that the first micro batch left"
@@ -145,9 +145,23 @@ class CapturedBackward(Backward):
                 parameter.grad = gradient
         return parts
 
+    def evaluated(self, micro: MicroBatch) -> Tensor:
+        """Capture the pass if it has the shapes of training, in the memory that the graphs of training leave free.
+
+        In the first step it runs eagerly, which compiles kernels. Rows that are packed for the objective have lengths
+        of their own, and experts of other ranks need an exchange whose capacity must be checked: both stay eager.
+        """
+        if not self._graphs or micro.lengths is not None or self.model.mesh.expert_size > 1:
+            return super().evaluated(micro)
+        if self._losses is None:
+            self._losses = CapturedLosses(self.model, micro, next(iter(self._graphs.values()))[0].pool())
+        return self._losses(micro)
+
     def release(self) -> None:
         """Free the graphs and the gradients in their memory."""
         torch.cuda.synchronize()
+        if self._losses is not None:
+            self._losses.release()
         for graph, _ in self._graphs.values():
             graph.reset()
         self._graphs.clear()
@@ -155,8 +169,8 @@ class CapturedBackward(Backward):
         self._drop_gradients()
 
     def _inputs_of(self, micro: MicroBatch, num_loss_tokens: int) -> list[Tensor]:
-        """Return the inputs of a pass, on the host."""
-        inputs = [*self.objective.inputs(micro, num_loss_tokens), micro.tokens, micro.labels]
+        """Return the inputs of a pass. Their shapes are the same in all micro batches."""
+        inputs = [*self.objective.inputs(micro, num_loss_tokens, self._most), micro.tokens, micro.labels]
         if self._most is not None:
             assert micro.lengths is not None
             packed = Packed.of(micro.lengths, micro.tokens.device, self._most)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mixtral_run.model.attention.packed_attention import Packed
+from mixtral_run.model.attention.packed_attention import Packed, PackedSizes
 from mixtral_run.model.dispatch.base import TokenDispatcher
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.routing.router_loss import RouterLoss
 from mixtral_run.train.data.samples import MicroBatch
+
+Losses = Callable[[MicroBatch], Tensor]
+"""Returns the cross entropy of each label, fp32 [rows, sequence] on the device. Another call may overwrite it."""
 
 
 class Objective(ABC):
@@ -23,7 +26,14 @@ class Objective(ABC):
     A pass that is captured as a CUDA graph needs inputs of the same shapes in all micro batches.
     """
 
-    def prepare(self, model: MixtralModel, micros: Iterable[MicroBatch], count: int, num_text_tokens: int) -> None:
+    def prepare(
+        self,
+        model: MixtralModel,
+        micros: Iterable[MicroBatch],
+        count: int,
+        num_text_tokens: int,
+        losses_of: Losses | None = None,
+    ) -> None:
         """Prepare for the passes over a global batch. All ranks must call.
 
         Args:
@@ -31,12 +41,22 @@ class Objective(ABC):
             micros: this rank's micro batches.
             count: by which the loss of the global batch is divided, on all ranks together.
             num_text_tokens: `GlobalBatch.num_text_tokens`.
+            losses_of: forward pass of a model that is evaluated. Default: eager.
         """
-        del model, micros, count, num_text_tokens
+        del model, micros, count, num_text_tokens, losses_of
 
     @abstractmethod
-    def inputs(self, micro: MicroBatch, count: int) -> list[Tensor]:
-        """Return the tensors on the host that `parts` needs. The first one is 0 where a token does not count."""
+    def inputs(self, micro: MicroBatch, count: int, most: PackedSizes | None = None) -> list[Tensor]:
+        """Return the tensors that `parts` needs, on the host or the device.
+
+        Args:
+            micro: the micro batch.
+            count: by which the loss of the global batch is divided.
+            most: the largest sizes of the run's packed rows, if all micro batches must have tensors of the same shapes.
+
+        Returns:
+            The tensors. The first one is 0 where a token does not count.
+        """
 
     @abstractmethod
     def parts(self, losses: Tensor, inputs: Sequence[Tensor]) -> Tensor:
@@ -56,7 +76,8 @@ class Objective(ABC):
 class NextToken(Objective):
     """The mean cross entropy of the tokens that are learned."""
 
-    def inputs(self, micro: MicroBatch, count: int) -> list[Tensor]:
+    def inputs(self, micro: MicroBatch, count: int, most: PackedSizes | None = None) -> list[Tensor]:
+        del most
         return [micro.loss_mask / count]
 
     def parts(self, losses: Tensor, inputs: Sequence[Tensor]) -> Tensor:

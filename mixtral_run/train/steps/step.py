@@ -82,6 +82,13 @@ class Backward(ABC):
     def __call__(self, micro: MicroBatch, num_loss_tokens: int) -> Tensor:
         """Add one micro batch's gradients. Return its part of the loss and its sums, [1 + sums] on the device."""
 
+    def evaluated(self, micro: MicroBatch) -> Tensor:
+        """Return the cross entropy of each label, fp32 [rows, sequence] on the device. Another call may overwrite it.
+
+        The model is in evaluation mode, and gradients are disabled. All ranks must call.
+        """
+        return token_losses(self.model, micro, count_choices=False)
+
     def was_whole(self) -> bool:
         """Return True if no dispatch since the last call exceeded its capacity. All ranks must call.
 
@@ -172,7 +179,7 @@ def train_step(
     if backward is None or backward.num_short >= MOST_SHORT:
         backward = EagerBackward(model, objective=backward.objective if backward is not None else None)
     objective = backward.objective
-    objective.prepare(model, batch.micro_batches, batch.num_loss_tokens, batch.num_text_tokens)
+    objective.prepare(model, batch.micro_batches, batch.num_loss_tokens, batch.num_text_tokens, backward.evaluated)
     total = gradients_of(batch, parameters, backward)
     if not backward.was_whole():
         total = gradients_of(batch, parameters, EagerBackward(model, objective=objective))

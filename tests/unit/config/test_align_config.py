@@ -15,6 +15,7 @@ from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.planner.choose import workload_of
+from mixtral_run.planner.memory_model import execution
 from mixtral_run.planner.table import PlanConfig, planned_gpu
 from mixtral_run.planner.table import workload_of as planned_workload
 from mixtral_run.planner.workload import Layout
@@ -51,7 +52,6 @@ def config_of(method: str = "dpo", **settings: Any) -> AlignConfig:
         ({"data_format": "unpaired"}, "--data-format unpaired: expected --method kto"),
         ({"method": "simpo", "reference": "base"}, "--reference: expected --method dpo or kto"),
         ({"method": "ppo"}, "--method: expected one of dpo, kto, orpo, simpo; found ppo"),
-        ({"cuda_graphs": True}, "--cuda-graphs: align does not capture its passes"),
         ({"data_path": ()}, "--data-path FILE: expected training data; found none"),
         ({"beta": 0.0}, "--beta: expected more than 0"),
         ({"field": ("response=x",)}, "--field: expected NAME=KEY with a NAME of prompt, chosen, rejected"),
@@ -71,7 +71,8 @@ def test_defaults_and_fields() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "pack", "rows"), [("dpo", False, 2), ("dpo", True, 1), ("kto", False, 1), ("kto", True, 1)]
+    ("method", "pack", "rows"),
+    [("dpo", False, 2), ("dpo", True, 1), ("kto", False, 1), ("kto", True, 1), ("orpo", False, 2)],
 )
 def test_the_memory_of_a_pair_is_that_of_two_rows(method: str, pack: bool, rows: int) -> None:
     base = BaseDescription(Path("base"), SMALL, "bfloat16", "")
@@ -79,10 +80,16 @@ def test_the_memory_of_a_pair_is_that_of_two_rows(method: str, pack: bool, rows:
     supervised = FinetuneConfig(load=Path("base"), save=Path("save"), mock_data=True, micro_batch_size=3)
     assert found.tokens(LAYOUT) == 3 * rows * 512
     assert workload_of(supervised, base, 1, (9, 0)).tokens(LAYOUT) == 3 * 512
-    assert not found.cuda_graphs
+    # The reference is computed without gradients, as an evaluation is.
+    assert found.has_validation == (method in ("dpo", "kto"))
+    assert execution(found, LAYOUT).captured
+    eager = workload_of(config_of(method, pack=pack, cuda_graphs=False), base, 1, (9, 0))
+    assert not execution(eager, LAYOUT).captured
     if not pack:
         plan = PlanConfig(method=method, micro_batch_size=3)
-        assert planned_workload(plan, planned_gpu(plan)).tokens(LAYOUT) == 3 * rows * 512
+        planned = planned_workload(plan, planned_gpu(plan))
+        assert planned.tokens(LAYOUT) == 3 * rows * 512
+        assert (planned.cuda_graphs, planned.has_validation) == (True, found.has_validation)
 
 
 def test_a_run_continues_with_its_own_loss_only(monkeypatch: pytest.MonkeyPatch) -> None:
