@@ -1,11 +1,11 @@
 """Speed and memory of `align` beside supervised LoRA of as many tokens, many cases from one built model.
 
-    python -m benchmarks.align [--base-precision bf16|fp8|nf4] [--cases sft,sft:eager,dpo,kto,orpo,simpo]
+    python -m benchmarks.align [--base-precision bf16|fp8|nf4] [--cases sft,sft:eager,dpo,dpo:eager,kto,…]
         [--seq-lengths 2048,512] [--rows 2] [--passes 1] [--layers 32 --hidden-size 4096 …]
 
 A case is sft or a method, run as the command does: the planner chooses the recomputation for the free memory of the
-GPU, and sft captures its passes, but align does not. :eager or :captured behind it asks for the other. A pass has
---rows full rows: both answers of --rows / 2 pairs, or --rows answers with kto and samples with sft. Weights and tokens
+GPU, and passes are captured as CUDA graphs. :eager behind it launches each kernel from the host. A pass has --rows
+full rows: both answers of --rows / 2 pairs, or --rows answers with kto and samples with sft. Weights and tokens
 are random, and B of each adapter starts at 0, so that the first loss of dpo is 0.6931, that of kto 0.5 and that of sft
 about the logarithm of the vocabulary.
 
@@ -14,7 +14,7 @@ One JSON object a case; a case that does not fit says so and the next one runs.
     tok_s            tokens of the rows that are learned from, of both answers of a pair, over a step's median time.
                      Passes without gradients (kto's over mismatched answers) take time, but add no tokens.
     reference_tok_s  the same of the reference's log-probabilities, which are computed once before the first step,
-                     timed after a sample that compiles the kernels
+                     timed after a pass that compiles the kernels
     peak_gib, allocated_gib    most that torch reserved and allocated, the reference included; null on a CPU
     planned_gib      what the plan counts of it, without the CUDA context
 """
@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 SFT = "sft"
-CASES = "sft,sft:eager,dpo,kto,orpo,simpo"
+CASES = "sft,sft:eager,dpo,dpo:eager,kto,kto:eager,orpo,simpo"
 WARM_UP = 3
 EXECUTIONS = {"eager": False, "captured": True}
 
@@ -69,7 +69,6 @@ def config_of(case: str, seq_length: int, arguments: argparse.Namespace) -> Any:
         config: Any = FinetuneConfig(mock_data=True, **common).check()
     else:
         config = AlignConfig(method=method, data_path=("random",), **common).check()
-    # After the check, which refuses what align does not do yet.
     graphs = EXECUTIONS[execution] if execution else config.cuda_graphs
     return settled(dataclasses.replace(config, cuda_graphs=graphs), base_of(arguments))
 
@@ -112,20 +111,18 @@ def preferences(config: Any, vocabulary: int, seed: int, folder: Path) -> Any:
 
 def add_timed_references(model: Any, config: Any, samples: Any) -> float:
     """Give the samples their log-probabilities by the reference; returns the tokens a second."""
-    import numpy as np
-
     from mixtral_run.model.without_adapters import without_adapters
     from mixtral_run.terminal.report import Report
+    from mixtral_run.train.preferences.passes import training_passes
     from mixtral_run.train.preferences.reference import add_references
 
-    positions = range(config.train_iters * config.global_batch_size)
-    needed = np.unique([samples.index_of(each, config.seed) for each in positions])
-    first = config.micro_batch_size
-    for part in (needed[:first], needed):
+    passes = list(training_passes(samples, config, 0, 1))
+    for part in (passes[:1], passes):
         started = time.perf_counter()
         add_references(config, "random", partial(without_adapters, model), model, samples, part, Report.silent())
     seconds = time.perf_counter() - started
-    return (len(needed) - first) * config.rows_per_sample * config.seq_length / seconds
+    rows = config.micro_batch_size * config.rows_per_sample
+    return (len(passes) - 1) * rows * config.seq_length / seconds
 
 
 def run_case(model: Any, kept: list[Any], config: Any, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -182,7 +179,7 @@ def run_case(model: Any, kept: list[Any], config: Any, arguments: argparse.Names
             for name, peak in zip(("peak_gib", "allocated_gib"), peaks, strict=True)
         },
         "planned_gib": round(planned_bytes(config, base_of(arguments)) / GIB, 3),
-        "losses": [round(each, 5) for each in (losses[0], losses[-1])],
+        "losses": [round(each, 6) for each in (losses[0], losses[-1])],
     }
 
 

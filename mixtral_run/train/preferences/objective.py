@@ -28,8 +28,8 @@ class PreferenceObjective(Objective):
 
     def __init__(self, config: AlignConfig) -> None:
         self._config = config
-        self._kl = torch.zeros(1, dtype=torch.float64)
-        self._read_kl: Callable[[], list[float]] = self._kl.tolist
+        self._kl = torch.zeros((), dtype=torch.float64)
+        self._read_kl: Callable[[], list[float]] = list
         self._text_weight = 0.0
 
     def prepare(
@@ -44,7 +44,7 @@ class PreferenceObjective(Objective):
         self._text_weight = count / num_text_tokens if num_text_tokens else 0.0
         if self._config.method == KTO:
             self._kl = _divergence(model, micros, losses_of)
-            self._read_kl = begin_reading(self._kl)
+            self._read_kl = begin_reading(self._kl.reshape(1))
 
     def inputs(self, micro: MicroBatch, count: int, most: PackedSizes | None = None) -> list[Tensor]:
         answers = _answers(micro)
@@ -178,7 +178,7 @@ def _moved(values: Tensor, model: MixtralModel) -> Tensor:
 
 
 def _divergence(model: MixtralModel, micros: Iterable[MicroBatch], losses_of: Losses | None) -> Tensor:
-    """Return KTO's estimate of the divergence from the reference, at least 0: float64 [1] on the device.
+    """Return KTO's estimate of the divergence from the reference, at least 0: a float64 scalar on the device.
 
     It is the mean log-probability over that of the reference, of the answers of other prompts. All ranks must call.
     """
@@ -193,7 +193,7 @@ def _divergence(model: MixtralModel, micros: Iterable[MicroBatch], losses_of: Lo
             found += torch.stack(((ratios * counts).sum(), counts.sum()))
     total, count = sum_over(found, mesh.data_group)
     # What is not a number stays so, and the step is a bad one.
-    divergence: Tensor = (total / count).clamp(min=0.0).reshape(1)
+    divergence: Tensor = (total / count).clamp(min=0.0)
     return divergence
 
 
