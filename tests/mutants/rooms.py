@@ -30,7 +30,7 @@ ROOMS: dict[str, tuple[str, str]] = {
         "mixtral_run/train/data/*.py",
         "train/data/test_examples.py train/data/test_nothing_in_silence.py train/data/test_packing.py "
         "train/data/samples train/data/test_samples.py train/data/test_sources.py train/data/test_split.py "
-        "train/data/test_token_cache.py train/test_iterations.py train/test_preferences.py",
+        "train/data/test_token_cache.py train/test_iterations.py train/test_preferences.py train/preferences",
     ),
     "data_cache": (
         "mixtral_run/train/data/cache",

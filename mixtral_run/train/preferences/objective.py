@@ -29,7 +29,7 @@ class PreferenceObjective(Objective):
     def __init__(self, config: AlignConfig) -> None:
         self._config = config
         self._kl = torch.zeros((), dtype=torch.float64)
-        self._read_kl: Callable[[], list[float]] = list
+        self._read_kl: Callable[[], list[float]] = self._kl.reshape(1).tolist
         self._text_weight = 0.0
 
     def prepare(
