@@ -27,8 +27,9 @@ class CapturedLosses:
             pool: memory of other graphs. They must not run at the same time, and what they leave there must be held.
         """
         assert not model.training and not torch.is_grad_enabled(), "the pass is that of a model that is evaluated"
-        device = model.mesh.device
+        self._model, device = model, model.mesh.device
         self._inputs = [each.to(device, copy=True) for each in (micro.tokens, micro.labels)]
+        model.refresh_adapters()
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self._losses = model.losses(*self._inputs)
@@ -36,6 +37,8 @@ class CapturedLosses:
     def __call__(self, micro: MicroBatch) -> Tensor:
         """Return the losses of the labels, fp32 [rows, sequence], which the next call overwrites."""
         copy_into(self._inputs, (micro.tokens, micro.labels))
+        # The optimizer has changed the adapters. The graph reads their copies, and need not contain their update.
+        self._model.refresh_adapters()
         self._graph.replay()
         return self._losses
 

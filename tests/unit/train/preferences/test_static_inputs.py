@@ -53,11 +53,27 @@ class ReplayedLosses(CapturedLosses):
 
     def __init__(self, model: MixtralModel, micro: MicroBatch, pool: Any) -> None:
         assert pool == "the pool of training" and not model.training and not torch.is_grad_enabled()
+        self._model = model
         self._inputs = [micro.tokens.clone(), micro.labels.clone()]
         self._losses = torch.full(micro.tokens.shape, torch.nan)
-        graph: Any = SimpleNamespace(replay=lambda: self._losses.copy_(model.losses(*self._inputs)))
+        self.num_refreshed = 0
+
+        def replay() -> None:
+            assert self.num_refreshed > 0, "a graph reads copies of the adapters that must have been updated"
+            self._losses.copy_(model.losses(*self._inputs))
+
+        def refresh() -> None:
+            self.num_refreshed += 1
+
+        graph: Any = SimpleNamespace(replay=replay)
         self._graph = graph
+        refreshing: Any = model
+        refreshing.refresh_adapters = refresh
         self.made.append(self)
+
+    def __call__(self, micro: MicroBatch) -> Tensor:
+        self.num_refreshed = 0
+        return super().__call__(micro)
 
 
 def samples_of(config: AlignConfig, folder: Path) -> PreferenceSamples:
