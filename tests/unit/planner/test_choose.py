@@ -207,9 +207,8 @@ def test_a_host_without_the_ram_is_reported(on_gpus: Any) -> None:
     on_gpus(8, 32, ram=79)
     error = memory_error(settled(run(**layout, seq_length=24576)), BASE, 8)
     assert error is not None
-    text = str(error)
-    assert "at most 63.2 GiB, 80% of the 79.0 GiB that are free" in text
-    assert "64.0 GiB for the layers' inputs on 8 GPUs" in text
+    assert "at most 63.2 GiB, 80% of the 79.0 GiB that are free" in str(error)
+    assert "64.0 GiB for the layers' inputs on 8 GPUs" in str(error)
     refused = memory_error(run(**layout, seq_length=24576, recompute="offload"), BASE, 8)
     assert refused is not None and refused.next_command == (
         "mixtral-run plan --gpus 8 --gpu-memory 32 --host-memory 79 --seq-length 24576 --micro-batch-size 1 "
@@ -270,9 +269,7 @@ def test_what_others_hold_counts(on_gpus: Any) -> None:
     on_gpus(8, 80)
     assert memory_error(config, BASE, 8) is None
     on_gpus(8, 80, free=10)
-    error = memory_error(config, BASE, 8)
-    assert error is not None
-    assert "free of a total of 80.0" in str(error)
+    assert "free of a total of 80.0" in str(memory_error(config, BASE, 8))
 
 
 def test_fp32_takes_twice_the_weights() -> None:

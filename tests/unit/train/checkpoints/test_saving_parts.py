@@ -113,9 +113,8 @@ def test_a_plan_made_ahead_is_used_only_if_all_ranks_can(
     monkeypatch.setattr(saving, "_are_same", lambda *_: fits)
     given = saver(tmp_path)
     given._model.mesh.world_size = 2
-    plan = MagicMock(is_running=own == "late", has_failed=own == "failed")
+    plan = MagicMock(is_running=own == "late", has_failed=own == "failed", **{"result.return_value": "made ahead"})
     given._planned = [], None if own == "not begun" else plan
-    plan.result.return_value = "made ahead"
     assert given._writer_of([], None) == ("made ahead" if used else "made now")
     assert not others and set(said) == {2.0 if own == "ready" and fits else 0.0}
     # What one rank cannot use is not asked about again.
@@ -295,7 +294,7 @@ def test_experts_in_few_bits_are_read_from_the_cache_or_quantized(
     monkeypatch.setattr(checkpoint, "BaseReader", lambda _: reader)
     monkeypatch.setattr(checkpoint, "newest_iteration", lambda folder: folder)
     monkeypatch.setattr(checkpoint, "shards_of", lambda _, adapters: {} if adapters else shards)
-    monkeypatch.setattr(checkpoint, "_expert_shards", lambda _: {"x.mlp.experts.y": 1})
+    monkeypatch.setattr(checkpoint, "_expert_shards", lambda _: dict(list(shards.items())[:1]))
     model, base = MagicMock(), MagicMock(weights=None, fingerprint="print")
     model.settings.base_precision = precision
     model.quantize_experts.side_effect = lambda reread, add: (reread(), add())
@@ -334,9 +333,8 @@ def test_an_adapter_is_checked_and_then_read(monkeypatch: pytest.MonkeyPatch) ->
     checkpoint.load_adapter(model, adapter)
     assert events == [("check", adapter, "mesh"), ({name: shards[name] for name in list(shards)[:2]}, "folder")]
     peft = MagicMock(spec=PeftDescription, lora=lora, factors="factors")
-    events.clear()
     checkpoint.load_adapter(model, peft)
-    assert events == [("target A", "factors"), ("target R", "factors")]
+    assert events[2:] == [("target A", "factors"), ("target R", "factors")]
     assert weight._version == 2, "each load notes that torch does not see what it writes"
 
 
