@@ -8,6 +8,7 @@ module: owned_folders
 short_description: Create folders with owner, group and mode that a container's user can write to
 description:
   - The owner may be a number that no user of the host has. The contents of the folders are left alone.
+  - A path that is not absolute, a folder of the system and the home of a user are refused.
   - A path that leads through a link which root does not own is refused, because the owner of a folder could lead root
     elsewhere.
   - C(absent) removes folders that the kit created if they are empty, and secrets that the kit wrote. Folders that
@@ -41,6 +42,7 @@ import configparser
 import contextlib
 import hashlib
 import os
+import pwd
 import shutil
 import stat
 
@@ -64,6 +66,12 @@ OPTIONS = {
 
 SECRET_MODE = 0o640
 KEYS = ("aws_access_key_id", "aws_secret_access_key")
+# fmt: off
+SYSTEM = {
+    "/", "/bin", "/boot", "/dev", "/etc", "/home", "/lib", "/lib64", "/media", "/proc", "/root", "/run",
+    "/sbin", "/sys", "/tmp", "/usr", "/usr/local", "/var", "/var/cache", "/var/lib", "/var/log", "/var/run", "/var/tmp",
+}
+# fmt: on
 
 
 def main():
@@ -71,6 +79,8 @@ def main():
 
 
 def act(module):
+    if module.params["state"] == "present":
+        _refuse_others(module)
     record = Record("folders", check_mode=module.check_mode)
     try:
         done = _present(module, record) if module.params["state"] == "present" else _absent(module, record)
@@ -85,6 +95,30 @@ def act(module):
             )
         )
     module.exit_json(changed=bool(done), done=done)
+
+
+def _refuse_others(module):
+    """Refuse all paths at once whose owner the kit must not change, also in check mode."""
+    homes = {os.path.realpath(user.pw_dir): user.pw_name for user in pwd.getpwall()}
+    found = []
+    for path in module.params["paths"]:
+        real = os.path.realpath(path)
+        if not os.path.isabs(path):
+            found.append(f"{path!r}, which is not absolute")
+        elif real in SYSTEM or os.path.normpath(path) in SYSTEM:
+            found.append(f"{path}, a folder of the system")
+        elif real in homes:
+            found.append(f"{path}, the home of {homes[real]}")
+    if found:
+        module.fail_json(
+            msg=explain(
+                "Folders are not used.",
+                where=module.params["section"],
+                expected="absolute paths of folders that are the kit's own: their owner and mode change",
+                found="; ".join(found),
+                next_step="name a folder below, or another one",
+            )
+        )
 
 
 def _present(module, record):

@@ -41,6 +41,20 @@ def test_the_token_is_read_by_the_group_that_every_job_is_in_and_by_nobody_else(
     assert _figures(settings["secret_path"])[0] == 0o640
 
 
+def test_folders_that_are_not_the_kits_own_are_refused_at_once(settings: dict, tmp_path: Path) -> None:
+    """A relative path once ran for ever; with another owner, nobody logs in to a home, and /tmp is closed to all."""
+    (tmp_path / "link").symlink_to("/etc")
+    paths = ["relative/x", "/", "/tmp/", "/var/../etc", str(tmp_path / "link"), str(Path("~root").expanduser())]
+    before = [_figures(path) for path in paths[1:]]
+    for check_mode in (True, False):
+        given = {**settings, "paths": [*settings["paths"], *paths]}
+        refused = call_module(MODULE, **given, _ansible_check_mode=check_mode)
+        assert refused["failed"] and all(path in refused["msg"] for path in paths)
+        assert settings["paths"][0] not in refused["msg"]
+    assert before == [_figures(path) for path in paths[1:]]
+    assert not Path(settings["paths"][0]).exists() and not Path("relative").exists()
+
+
 KEYS = "[default]\naws_access_key_id = AKIDNOBODY\naws_secret_access_key = neverShown"
 
 
