@@ -122,6 +122,7 @@ def run_ours(layers: int, seq: int, micro: int, arguments: argparse.Namespace) -
     from mixtral_run.config.launch import LaunchConfig
     from mixtral_run.model.parallel.mesh import open_mesh
     from mixtral_run.train.data.samples import MockSamples, batches
+    from mixtral_run.train.steps.adapter_adamw import AdapterAdamW
     from mixtral_run.train.steps.cuda_graph import backward_of
     from mixtral_run.train.steps.step import EagerBackward, train_step, trainable
 
@@ -131,7 +132,7 @@ def run_ours(layers: int, seq: int, micro: int, arguments: argparse.Namespace) -
         model = build_ours(
             layers, mesh, arguments.recompute, arguments.base_precision, modules_of(arguments), arguments.kernels
         )
-        optimizer = torch.optim.AdamW(trainable(model), lr=1e-4, fused=True)
+        optimizer = AdapterAdamW(trainable(model), lr=1e-4, fused=True)
         stream = batches(
             MockSamples(model.architecture.vocab_size, seq, 1),
             seed=1,

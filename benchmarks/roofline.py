@@ -173,10 +173,11 @@ def measure(
 
     from benchmarks.lora import RANK, timed_steps
     from mixtral_run.train.data.samples import MockSamples, batches
+    from mixtral_run.train.steps.adapter_adamw import AdapterAdamW
     from mixtral_run.train.steps.cuda_graph import backward_of
     from mixtral_run.train.steps.step import EagerBackward, train_step, trainable
 
-    optimizer = torch.optim.AdamW(trainable(model), lr=1e-4, fused=True)
+    optimizer = AdapterAdamW(trainable(model), lr=1e-4, fused=True)
     samples = MockSamples(model.architecture.vocab_size, seq, 1)
     stream = batches(samples, seed=1, micro_batch_size=micro, global_batch_size=micro)
     with backward_of(model, seq * micro) as backward:

@@ -38,12 +38,12 @@ def longest(side: str, lengths: list[int], arguments: argparse.Namespace) -> Non
 
 
 def measure_ours(lengths: list[int], arguments: argparse.Namespace) -> None:
-    import torch
 
     from benchmarks.lora import build_ours, modules_of
     from mixtral_run.config.launch import LaunchConfig
     from mixtral_run.model.parallel.mesh import open_mesh
     from mixtral_run.train.data.samples import MockSamples, batches
+    from mixtral_run.train.steps.adapter_adamw import AdapterAdamW
     from mixtral_run.train.steps.cuda_graph import backward_of
     from mixtral_run.train.steps.step import train_step, trainable
 
@@ -51,7 +51,7 @@ def measure_ours(lengths: list[int], arguments: argparse.Namespace) -> None:
     with open_mesh(config) as mesh:
         precision, kernels = arguments.base_precision, arguments.kernels
         model = build_ours(arguments.layers, mesh, arguments.recompute, precision, modules_of(arguments), kernels)
-        optimizer = torch.optim.AdamW(trainable(model), lr=1e-4, fused=True)
+        optimizer = AdapterAdamW(trainable(model), lr=1e-4, fused=True)
         print(f"ours, base {precision}, --recompute {arguments.recompute}", flush=True)
 
         @contextmanager

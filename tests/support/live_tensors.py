@@ -37,7 +37,7 @@ class LiveTensors(TorchDispatchMode):
 class LiveBytes(TorchDispatchMode):
     """The bytes of all storages that operations make within the mode and that still exist, and the most so far.
 
-    before: tensors that existed before, of which views may be made.
+    before: tensors that existed before. A view of one of them is no new storage.
     """
 
     def __init__(self, before: Iterable[torch.Tensor]) -> None:

@@ -35,7 +35,7 @@ from mixtral_run.weights.manifest.describe import AdapterDescription, BaseDescri
 from mixtral_run.weights.mapping.hf_to_megatron import VOCABULARY_KEYS
 
 EXPERTS_PREFIX = "decoder.layers.mlp.experts."
-"""Of the keys of all layers' experts, which have the layer's number in their offset."""
+"""The prefix of the keys of experts. All layers have the same keys; the offset tells the layer."""
 
 
 def load_base(
