@@ -86,7 +86,7 @@ class AnswersFile:
         return len(lines)
 
 
-def run_hash(session: Session, sampling: Sampling, dtype: str) -> str:
+def run_hash(session: Session, sampling: Sampling, dtype: str, base_precision: str = "bf16") -> str:
     """Return a short hash of the model, the chat template and the settings that decide the answers."""
     adapter = session.adapter
     # Of an HF directory only the first half of its fingerprint is known before its weights are loaded.
@@ -96,6 +96,8 @@ def run_hash(session: Session, sampling: Sampling, dtype: str) -> str:
             each.name: each.stat().st_size for each in adapter.folder.iterdir() if each.is_file()
         }
         parts += [adapter.iteration, sorted(files.items())]
+    if base_precision != "bf16":
+        parts.append(base_precision)
     return _hash(parts)
 
 

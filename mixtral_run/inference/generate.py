@@ -150,7 +150,8 @@ def _answers_file(
         return
     file = None
     if mesh.is_first:
-        file = AnswersFile(config.output, rows, run_hash(session, Sampling.of(config), config.dtype))
+        settings = run_hash(session, Sampling.of(config), config.dtype, config.base_precision)
+        file = AnswersFile(config.output, rows, settings)
     found = [file.num_done if file is not None else 0]
     if mesh.world_size > 1:
         dist.broadcast_object_list(found, src=0)

@@ -42,7 +42,7 @@ class Session:
         started = time.perf_counter()
         if self.adapter is not None and not isinstance(self.adapter, PeftDescription):
             report_without_checksums(self.adapter.files, self.adapter.folder, report)
-        model = load_for_inference(config, self.base, mesh, self.adapter)
+        model = load_for_inference(config, self.base, mesh, self.adapter, report)
         report.say(
             f"Loaded {config.load}{' with ' + str(config.adapter) if self.adapter else ''} "
             f"in {time.perf_counter() - started:.1f} s"

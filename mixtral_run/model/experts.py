@@ -16,7 +16,12 @@ from mixtral_run.model.adapters.lora import initial_linear_in, initial_linear_in
 from mixtral_run.model.adapters.lora_experts import Adapters, adapted_experts
 from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.dispatch.permute import Permutation
-from mixtral_run.model.kernels.decoding.few_tokens import is_one, outputs_of_one
+from mixtral_run.model.kernels.decoding.few_tokens import (
+    is_one,
+    outputs_of_one,
+    quantized_outputs_of_one,
+    takes_quantized,
+)
 from mixtral_run.model.kernels.grouped_mm import (
     add_product,
     added_linear,
@@ -107,6 +112,13 @@ class ExpertLinear(torch.nn.Module):
         if self.initial_in is None or self.initial_out is None:
             return self.linear_in, self.linear_out
         return with_start(self.linear_in, self.linear_out, self.initial_in, self.initial_out)
+
+    @property
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """Return the values and scales of quantized weights."""
+        assert self.values is not None
+        assert self.scales is not None
+        return self.values, self.scales
 
     def dense_weight(self, index: int) -> Tensor:
         """Return the weight of one local expert [out, in]; a quantized one as fp32."""
@@ -290,15 +302,17 @@ class Experts(MegatronModule):
     def takes_one(self, token: Tensor) -> bool:
         """Return True if `outputs_of_one` can compute `forward` for this token [1, hidden], without a permutation."""
         first, second = self.linear_fc1, self.linear_fc2
-        if first.lora is not None or second.lora is not None or first.weight is None or second.weight is None:
+        if first.lora is not None or second.lora is not None:
             return False
-        return is_one(token, first.weight, second.weight)
+        if first.weight is not None and second.weight is not None:
+            return is_one(token, first.weight, second.weight)
+        return all(each.values is not None and takes_quantized(token, each.values) for each in (first, second))
 
     def outputs_of_one(self, token: Tensor, experts: Tensor, probs: Tensor) -> Tensor:
         """Return the sum of the experts' outputs times probs for one token; see few_tokens.outputs_of_one."""
         first, second = self.linear_fc1.weight, self.linear_fc2.weight
-        assert first is not None
-        assert second is not None
+        if first is None or second is None:
+            return quantized_outputs_of_one(token, experts, probs, self.linear_fc1.stored, self.linear_fc2.stored)
         return outputs_of_one(token, experts, probs, first, second)
 
     def _activate(self, rows: Tensor, offsets: Tensor, recipe: Recipe | None) -> tuple[Tensor, Recipe | None]:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 from mixtral_run.config.fields import SETTINGS_ERROR
 from mixtral_run.config.launch import CONVERTED_LAYOUT, LaunchConfig
 from mixtral_run.config.lora import LORA_SHAPE
+from mixtral_run.config.precision import StoredBaseConfig
 from mixtral_run.config.recompute import RECOMPUTE, RUNS_AGAIN
 from mixtral_run.config.verbs.align import AlignConfig
 from mixtral_run.config.verbs.generate import InferenceConfig
@@ -22,7 +23,7 @@ from mixtral_run.planner.available import AvailableGpu, available_gpu, host_memo
 from mixtral_run.planner.full_plan import full_memory_error, settled_full
 from mixtral_run.planner.memory_model import EXPERT_BYTES, USABLE, USABLE_OF_HOST, fit_dispatch, host_bytes, memory
 from mixtral_run.planner.ranking import Choice, eight_bit_problems, ranked
-from mixtral_run.planner.spread import allows, needed_bytes, spread_layout
+from mixtral_run.planner.spread import allows, held_bytes, needed_bytes, spread_layout
 from mixtral_run.planner.suggestions import remedies
 from mixtral_run.planner.workload import GIB, Layout, Workload
 from mixtral_run.terminal.report import Report
@@ -175,6 +176,34 @@ def training_memory_error(config: TrainingConfig, base: BaseDescription, world_s
     return full_memory_error(config, job_workload(config, base, world_size, gpu.compute_capability), gpu)
 
 
+def inference_memory_error(config: InferenceConfig, base: BaseDescription, world_size: int) -> ConfigError | None:
+    """Return the error of a model whose weights alone do not fit on its GPUs, before they are read.
+
+    Return None if they fit, or are held by a CPU.
+    """
+    if not config.has_layout or base.architecture.layout_problems(*config.layout_sizes):
+        return None
+    gpu = available_gpu(config.device, world_size)
+    if gpu is None:
+        return None
+    workload = job_workload(config, base, world_size, gpu.compute_capability)
+    layout = Layout(*config.layout_sizes, "none")
+    needed = held_bytes(workload, layout)
+    if needed <= gpu.free:
+        return None
+    changes = []
+    if isinstance(config, StoredBaseConfig):
+        smaller = ((name, dataclasses.replace(workload, expert_bytes=size)) for name, size in EXPERT_BYTES.items())
+        changes = [f"--base-precision {name}" for name, each in smaller if held_bytes(each, layout) <= gpu.free][:1]
+    return ConfigError(
+        "The model does not fit on these GPUs.",
+        where=f"{layout}, {world_size} GPU" + ("s" if world_size > 1 else ""),
+        expected=f"at most {gpu.free / GIB:.1f} GiB a GPU, free of a total of {gpu.total / GIB:.1f}",
+        found=f"{needed / GIB:.1f} GiB of weights and libraries",
+        next_command=" or ".join([*changes, "more GPUs, with a larger --expert-model-parallel-size"]),
+    )
+
+
 def peer_access_fits(
     config: FinetuneConfig, base: BaseDescription, world_size: int, usable: float, capability: tuple[int, int]
 ) -> bool:
@@ -199,11 +228,12 @@ def job_workload(config: LaunchConfig, base: BaseDescription, world_size: int, c
     if isinstance(config, TrainingConfig):
         batch = {"seq_length": config.seq_length, "micro_batch_size": config.micro_batch_size}
         batch |= {"context_parallel_size": config.context_size, "recompute_layers": config.recompute_layers}
+    experts = EXPERT_BYTES.get(config.base_precision, whole) if isinstance(config, StoredBaseConfig) else whole
     return Workload(
         architecture=base.architecture,
         gpus=world_size,
         weight_bytes=whole,
-        expert_bytes=whole,
+        expert_bytes=experts,
         gpus_per_host=processes.host_process_count(world_size),
         compute_capability=capability,
         kernels=config.kernels,

@@ -63,8 +63,13 @@ def allows(config: LaunchConfig, layout: Layout, num_processes: int) -> bool:
 
 def needed_bytes(config: LaunchConfig, workload: Workload, layout: Layout) -> float:
     """Return the estimated bytes of one GPU for `generate`, or for full training with SGD."""
-    lora = memory(workload, layout)
     if not isinstance(config, PretrainConfig):
-        return weight_bytes(workload, layout) + lora.context + GENERATION_BYTES
+        return held_bytes(workload, layout) + GENERATION_BYTES
+    lora = memory(workload, layout)
     held = lora.weights if config.max_norm > 0 or config.global_batch_size else 0.0
     return lora.weights + held + FULL_ACTIVATIONS * lora.activations + lora.buffers + lora.context
+
+
+def held_bytes(workload: Workload, layout: Layout) -> float:
+    """Return the bytes of one GPU for the weights and the libraries, without which nothing can be computed."""
+    return weight_bytes(workload, layout) + memory(workload, layout).context

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from mixtral_run.config.launch import LaunchConfig
+from mixtral_run.config.precision import StoredBaseConfig
 from mixtral_run.config.verbs.pretrain import PretrainConfig
 from mixtral_run.config.verbs.training import FinetuneConfig, TrainingConfig
 from mixtral_run.errors import ConfigError
@@ -16,6 +17,7 @@ from mixtral_run.model.adapters.trained_also import remember_base
 from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
 from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.model.start_from_weights import start_from_weights
+from mixtral_run.terminal.report import Report
 from mixtral_run.train.checkpoints.checkpoint import load_adapter, load_base
 from mixtral_run.train.quantized_experts import CacheOptions
 from mixtral_run.train.steps.warm_up import warm_up
@@ -65,13 +67,25 @@ def load_for_training(
 
 
 def load_for_inference(
-    config: LaunchConfig, base: BaseDescription, mesh: Mesh, adapter: AdapterDescription | None
+    config: LaunchConfig,
+    base: BaseDescription,
+    mesh: Mesh,
+    adapter: AdapterDescription | None,
+    report: Report | None = None,
 ) -> MixtralModel:
-    """Return the base with its adapter, in evaluation mode without sequence parallelism. All ranks must call."""
+    """Return the base with its adapter, in evaluation mode without sequence parallelism. All ranks must call.
+
+    report: receives the messages about the quantized cache.
+    """
     lora = lora_settings(adapter) if adapter is not None else None
+    precision, cache = "bf16", None
+    if isinstance(config, StoredBaseConfig):
+        precision = config.base_precision
+        cache = CacheOptions(config.quantized_cache, report or Report.silent())
     # Generation passes have one token, which sequence parallelism cannot split.
-    settings = ModelSettings(pick_dtype(config.dtype, base, mesh.device), False, lora, kernels=config.kernels)
-    model = _build(base, settings, mesh)
+    dtype = pick_dtype(config.dtype, base, mesh.device)
+    settings = ModelSettings(dtype, False, lora, base_precision=precision, kernels=config.kernels)
+    model = _build(base, settings, mesh, cache)
     if adapter is not None:
         check_adapter_fits(adapter, loaded(model, base))
         remember_base(model, lora)

@@ -17,7 +17,7 @@ from mixtral_run.launch import processes
 from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.kernels.requirements import EIGHT_BIT_ALIGNMENT, attention_problems, kernel_problems
 from mixtral_run.planner.available import available_gpu
-from mixtral_run.planner.choose import settled, training_memory_error, weight_bytes_each
+from mixtral_run.planner.choose import inference_memory_error, settled, training_memory_error, weight_bytes_each
 from mixtral_run.planner.memory_model import SAVED_TENSORS
 from mixtral_run.results.run_files import ALL_FILES
 from mixtral_run.run_lock import LOCK_NAME, lock_file_of, lock_problems
@@ -383,6 +383,8 @@ def check_inference(config: InferenceConfig, verb: str = "generate") -> None:
         problems += layout_problems(config, base)
         if config.adapter is not None:
             check_adapter_fits(describe_given_adapter(config.adapter, base.architecture), base)
+        too_large = inference_memory_error(config, base, processes.process_count(config))
+        errors += [too_large] if too_large else []
     except MixtralRunError as error:
         errors.append(error)
     if problems:

@@ -8,11 +8,12 @@ from pathlib import Path
 from mixtral_run.config.data import ExampleConfig
 from mixtral_run.config.data_sources import STANDARD_INPUT
 from mixtral_run.config.fields import COMPARISON, DATA, OUTPUT, PROMPTS, setting
+from mixtral_run.config.precision import StoredBaseConfig
 from mixtral_run.config.verbs.generate import InferenceConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(InferenceConfig, ExampleConfig):
+class EvaluateConfig(StoredBaseConfig, InferenceConfig, ExampleConfig):
     """Evaluation of a base model, and of an adapter next to it, on a test set."""
 
     data_path: tuple[str, ...] = setting(

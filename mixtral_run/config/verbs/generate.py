@@ -8,6 +8,7 @@ from pathlib import Path
 from mixtral_run.config.data import chat_template_problems, chat_template_setting
 from mixtral_run.config.fields import LAYOUT, MEMORY, OUTPUT, PROMPTS, setting
 from mixtral_run.config.launch import LaunchConfig
+from mixtral_run.config.precision import StoredBaseConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class InferenceConfig(LaunchConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingConfig(InferenceConfig):
+class SamplingConfig(StoredBaseConfig, InferenceConfig):
     """Settings by which the tokens of an answer are chosen."""
 
     max_new_tokens: int = setting(

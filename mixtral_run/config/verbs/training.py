@@ -12,7 +12,12 @@ from mixtral_run.config.data import DataConfig
 from mixtral_run.config.fields import DATA, LAYOUT, LORA, MEMORY, OPTIMIZER, OUTPUT, Config, flag_of, setting
 from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.lora import LoraConfig
-from mixtral_run.config.precision import BASE_PRECISIONS, QUANTIZED_CACHE_MODES, AttentionPrecisionConfig
+from mixtral_run.config.precision import (
+    BASE_PRECISION_HELP,
+    BASE_PRECISIONS,
+    QUANTIZED_CACHE_MODES,
+    AttentionPrecisionConfig,
+)
 from mixtral_run.config.recompute import RUNS_AGAIN, RecomputeConfig
 from mixtral_run.config.schedule import ScheduleConfig
 
@@ -303,13 +308,7 @@ class FinetuneConfig(LoraConfig, AttentionPrecisionConfig, ContextLaunchConfig, 
         section=LORA,
         store="input",
     )
-    base_precision: str = setting(
-        "bf16",
-        help="Storage of the frozen experts. bf16: as --dtype. fp8: 8 bit, multiplied in 8 bit on H100 and H200. nf4: "
-        "4 bit, for GPUs of 40 GB.",
-        choices=BASE_PRECISIONS,
-        section=MEMORY,
-    )
+    base_precision: str = setting("bf16", help=BASE_PRECISION_HELP, choices=BASE_PRECISIONS, section=MEMORY)
     quantized_cache: str = setting(
         "yes",
         help="Cache of the fp8 or nf4 experts, in LOAD/quantised-fp8 (45 GB) or LOAD/quantised-nf4 (24 GB). yes: read "

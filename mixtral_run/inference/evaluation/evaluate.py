@@ -76,6 +76,7 @@ def evaluate(config: EvaluateConfig) -> None:
         document: dict[str, Any] = {
             "load": str(config.load),
             "adapter": str(config.adapter) if config.adapter else None,
+            "base_precision": model.settings.base_storage,
         }
         if data is not None:
             document |= _on_test_set(config, session, model, data, questions, report)

@@ -29,6 +29,8 @@ HOPPER_MAJORS = (9, 10)
 """Major numbers of the compute capabilities on which the set hopper runs."""
 EIGHT_BIT_CAPABILITY: Capability = (9, 0)
 """The compute capability that the 8-bit products are made for (quantized/quantized_mm.py)."""
+NATIVE_FLOAT8: Capability = (8, 9)
+"""Least compute capability whose Triton kernels can read float8."""
 EIGHT_BIT_ALIGNMENT = 16
 """Factor that both sides of a matrix in 8 bit must have (torch._scaled_mm)."""
 QUANTIZED_AT_ONCE = 16 * 2**20

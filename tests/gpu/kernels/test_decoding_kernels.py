@@ -6,16 +6,19 @@ import torch
 from mixtral_run.model.attention.cached_attention import cached_attention, plain_cached_attention
 from mixtral_run.model.attention.rotary import Rotary
 from mixtral_run.model.dispatch.permute import sort_by_expert
-from mixtral_run.model.kernels.decoding import cached_attention_triton
+from mixtral_run.model.kernels.decoding import cached_attention_triton, one_token_triton
 from mixtral_run.model.kernels.decoding.few_tokens import (
     are_few,
     is_one,
     outputs_of_one,
     plain_outputs_of_one,
     product_of_one,
+    quantized_outputs_of_one,
     route,
     sorted_rows,
+    takes_quantized,
 )
+from mixtral_run.model.kernels.quantized.quantized_mm import dequantize, quantize_to
 from mixtral_run.model.routing.moe import choose
 
 DEVICE = torch.device("cuda")
@@ -108,6 +111,29 @@ def test_outputs_of_one(hidden: int, ffn: int, topk: int) -> None:
     used = [each[experts[0]].double() for each in (first, second)]
     exact = plain_outputs_of_one(token.double(), torch.arange(topk)[None], probs.double(), *used)
     near(outputs_of_one(token, experts, probs, first, second), exact)
+
+
+@pytest.mark.parametrize("as_bytes", [False, True])
+@pytest.mark.parametrize("precision", ["fp8", "nf4"])
+@pytest.mark.parametrize(("hidden", "ffn", "topk"), [(512, 1024, 2), (192, 832, 3), (4096, 14336, 2)])
+def test_quantized_outputs_of_one(
+    hidden: int, ffn: int, topk: int, precision: str, as_bytes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As float8, and as on a GPU that has no float8."""
+    if as_bytes:
+        monkeypatch.setattr(one_token_triton, "NATIVE_FLOAT8", (99, 0))
+    token = drawn(1, hidden)
+    stored = []
+    for shape in ((2 * ffn, hidden), (hidden, ffn)):
+        each = [quantize_to(drawn(*shape, scale=0.02), precision) for _ in range(4)]
+        stored.append((torch.stack([values for values, _ in each]), torch.stack([scales for _, scales in each])))
+    experts = torch.randperm(4, device=DEVICE)[None, :topk]
+    probs = torch.rand(1, topk, device=DEVICE)
+    used = [dequantize(*(part[experts[0]].cpu() for part in both), torch.float64).to(DEVICE) for both in stored]
+    exact = plain_outputs_of_one(token.double(), torch.arange(topk)[None], probs.double(), *used)
+    with torch.inference_mode():
+        assert all(takes_quantized(token, values) for values, _ in stored)
+    near(quantized_outputs_of_one(token, experts, probs, *stored), exact)
 
 
 @pytest.mark.parametrize(("width", "outputs"), [(512, 1024), (192, 72), (4096, 6144)])

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -13,13 +14,17 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mixtral_run.config.verbs.generate import GenerateConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.inference.answers import AnswersFile
 from mixtral_run.inference.generate import generate
 from mixtral_run.launch.stop_request import StopRequest
+from mixtral_run.model.kernels.quantized.quantized_mm import dequantize, quantize_to
 from mixtral_run.terminal.report import Report
+from mixtral_run.weights.quantized_cache import layout
+from tests.multiprocess.conftest import SMALL
 
 LINES = (
     {"instruction": "Name a state of matter."},
@@ -160,3 +165,42 @@ def test_a_terminal_gets_tokens_as_they_come(
     begin = next(number for number, part in enumerate(Terminal.parts) if "Name a state" in part)
     end = next(number for number, part in enumerate(Terminal.parts) if "And now?" in part)
     assert end - begin > 2, "the first answer came in several parts"
+
+
+@pytest.mark.parametrize("precision", ["fp8", "nf4"])
+def test_a_quantized_base_answers_as_its_dequantized_weights_do(
+    small_hf_model: Path, tmp_path: Path, precision: str
+) -> None:
+    """The weights' numbers after quantizing, written as an HF model of full precision, give the same answers."""
+    loud, rounded = tmp_path / "loud", tmp_path / "rounded"
+    shutil.copytree(small_hf_model, loud)
+    for file in loud.glob("*.safetensors"):
+        # Of experts as small as those of the random model the answers hardly depend.
+        weights = {name: each * (20 if ".experts." in name else 1) for name, each in load_file(file).items()}
+        save_file(weights, file, {"format": "pt"})
+    shutil.copytree(loud, rounded)
+    changed = 0
+    for file in rounded.glob("*.safetensors"):
+        weights = load_file(file)
+        for name in (each for each in weights if ".experts." in each):
+            weights[name] = dequantize(*quantize_to(weights[name], precision), torch.float32)
+            changed += 1
+        save_file(weights, file, {"format": "pt"})
+    assert changed == 3 * SMALL.num_experts * SMALL.num_layers
+    found = {}
+    stored: dict[str, Any] = {"base_precision": precision}
+    kinds: tuple[tuple[str, Path, dict[str, Any]], ...] = (
+        ("whole", rounded, {}), ("stored", loud, stored), ("plain", loud, {}),
+    )  # fmt: skip
+    for name, load, flags in kinds:
+        folder = tmp_path / name
+        folder.mkdir()
+        settings = config(load, folder, max_new_tokens=24, **flags)
+        generate(settings)
+        assert settings.output is not None
+        found[name] = [(each["text"], each["num_tokens"]) for each in answers(settings.output)]
+    assert found["stored"] == found["whole"]
+    assert found["stored"] != found["plain"]
+    assert not layout.cache_folder(loud, precision).exists()
+    with pytest.raises(ConfigError, match="does not belong to this run"):
+        generate(config(loud, tmp_path / "stored", max_new_tokens=24))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from mixtral_run.model.kernels.quantized.formats import FP8
 from mixtral_run.model.kernels.selected import kernels_of
 from mixtral_run.model.kernels.swiglu import swiglu
 
@@ -80,6 +81,30 @@ def plain_outputs_of_one(token: Tensor, experts: Tensor, probs: Tensor, first: T
     """Compute `outputs_of_one` in plain torch, in the dtype of its arguments."""
     outputs = [linear(swiglu(linear(token, first[expert])), second[expert]) for expert in experts[0]]
     return (torch.cat(outputs) * probs[0, :, None].to(token.dtype)).sum(0, keepdim=True)
+
+
+def takes_quantized(token: Tensor, values: Tensor) -> bool:
+    """Return True if `quantized_outputs_of_one` takes this token and values in fp8 or nf4 [experts, out, in]."""
+    numbers = values.shape[-1] * (1 if values.dtype is FP8 else 2)
+    return (
+        token.numel() == token.shape[-1]
+        and are_few(token)
+        and values.is_contiguous()
+        and values.shape[-2] % ROWS == 0
+        and numbers % DEPTH == 0
+    )
+
+
+def quantized_outputs_of_one(
+    token: Tensor, experts: Tensor, probs: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Compute `outputs_of_one` with values and scales of the weights (quantized_mm.py), which `takes_quantized`.
+
+    The token is not quantized. The reference is `plain_outputs_of_one` with dequantized weights.
+    """
+    from mixtral_run.model.kernels.decoding.one_token_triton import outputs_of_one as on_gpu
+
+    return on_gpu(token, experts.contiguous(), probs.contiguous(), first, second)
 
 
 def product_of_one(row: Tensor, weight: Tensor) -> Tensor:

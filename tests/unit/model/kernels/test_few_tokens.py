@@ -15,12 +15,14 @@ from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.inference.decode import Decoding, FixedShapeDecoding
 from mixtral_run.model.dispatch.permute import sort_by_expert
 from mixtral_run.model.kernels.decoding import few_tokens
+from mixtral_run.model.kernels.quantized.quantized_mm import dequantize
 from mixtral_run.model.kernels.requirements import KernelSet
-from mixtral_run.model.mixtral import ModelSettings, build_model
+from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
 from mixtral_run.model.parallel.mesh import open_mesh
 from mixtral_run.model.routing.moe import choose
 from tests.multiprocess.conftest import SMALL
 
+ONE_TOKEN = "mixtral_run.model.kernels.decoding.one_token_triton"
 ARCHITECTURE = dataclasses.replace(SMALL, ffn_hidden_size=128, moe_router_topk=8)
 """All experts are chosen: near a tie rounding would decide which."""
 
@@ -60,25 +62,30 @@ def stand_in(calls: Counter[str]) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize(
-    ("rows", "expected"),
+    ("precision", "rows", "expected"),
     [
-        (1, {"route": 4, "sorted_rows": 2, "outputs_of_one": 2, "product_of_one": 4}),
-        (3, {"route": 4, "sorted_rows": 4}),
-        (33, {}),
+        ("bf16", 1, {"route": 4, "sorted_rows": 2, "outputs_of_one": 2, "product_of_one": 4}),
+        ("fp8", 1, {"route": 4, "sorted_rows": 2, "quantized": 2, "product_of_one": 4}),
+        ("nf4", 1, {"route": 4, "sorted_rows": 2, "quantized": 2, "product_of_one": 4}),
+        ("bf16", 3, {"route": 4, "sorted_rows": 4}),
+        ("fp8", 3, {"route": 4, "sorted_rows": 4}),
+        ("bf16", 33, {}),
     ],
 )
 def test_passes_of_few_tokens_take_their_kernels(
-    rows: int, expected: dict[str, int], monkeypatch: pytest.MonkeyPatch
+    precision: str, rows: int, expected: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pass over prompts of 9 tokens, and one over one more token each, in two layers."""
     calls: Counter[str] = Counter()
     monkeypatch.setitem(sys.modules, f"{few_tokens.__name__}_triton", stand_in(calls))
+    monkeypatch.setitem(sys.modules, ONE_TOKEN, quantized_stand_in(calls))
     config = LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")
     tokens, padding = torch.randint(1, SMALL.vocab_size, (rows, 10)), torch.zeros(rows, dtype=torch.int64)
     with open_mesh(config) as mesh, torch.inference_mode():
-        model = build_model(ARCHITECTURE, ModelSettings(torch.bfloat16, False), mesh).eval()
-        for index, weight in enumerate(model.parameters()):
-            weight.data.normal_(0.0, 0.1, generator=torch.Generator().manual_seed(index))
+        settings = ModelSettings(torch.bfloat16, False, base_precision=precision)
+        model = build_model(ARCHITECTURE, settings, mesh).eval()
+        model.quantize_experts(lambda: fill(model))
+        fill(model)
         found = []
         for kind, kernels in ((Decoding, None), (FixedShapeDecoding, KernelSet.HOPPER)):
             monkeypatch.setattr(few_tokens, "kernels_of", lambda _, kernels=kernels: kernels)
@@ -86,3 +93,20 @@ def test_passes_of_few_tokens_take_their_kernels(
             found.append(torch.stack([passes(tokens[:, :9]), passes(tokens[:, 9:])]).float())
     assert calls == expected
     assert float((found[0] - found[1]).norm()) < 2e-2 * float(found[0].norm())
+
+
+def fill(model: MixtralModel) -> None:
+    for index, weight in enumerate(model.parameters()):
+        if not weight.is_meta:
+            weight.data.normal_(0.0, 0.1, generator=torch.Generator().manual_seed(index))
+
+
+def quantized_stand_in(calls: Counter[str]) -> SimpleNamespace:
+    """STAND-IN for the Triton kernels of one token with quantized experts, by the same references."""
+
+    def call(token: torch.Tensor, experts: torch.Tensor, probs: torch.Tensor, *stored: Any) -> torch.Tensor:
+        calls["quantized"] += 1
+        whole = [dequantize(*both, token.dtype) for both in stored]
+        return few_tokens.plain_outputs_of_one(token, experts, probs, *whole)
+
+    return SimpleNamespace(outputs_of_one=call)
