@@ -12,16 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixtral_run.model.adapters.cast_adapters import cast_copy
 from mixtral_run.model.adapters.lora import initial_linear_in, initial_linear_ins, with_start
 from mixtral_run.model.adapters.lora_experts import Adapters, adapted_experts
 from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.dispatch.permute import Permutation
-from mixtral_run.model.kernels.decoding.few_tokens import (
-    is_one,
-    outputs_of_one,
-    quantized_outputs_of_one,
-    takes_quantized,
-)
+from mixtral_run.model.kernels.decoding import few_tokens
+from mixtral_run.model.kernels.decoding.halves import Halves
 from mixtral_run.model.kernels.grouped_mm import (
     add_product,
     added_linear,
@@ -113,6 +110,20 @@ class ExpertLinear(torch.nn.Module):
             return self.linear_in, self.linear_out
         return with_start(self.linear_in, self.linear_out, self.initial_in, self.initial_out)
 
+    def takes_one(self, token: Tensor) -> bool:
+        """Return True if `outputs_of_one` takes this layer, whose adapter may have no more than A and B."""
+        if self.lora is not None and (self.initial_in is not None or (self.lora.dropout and self.training)):
+            return False
+        if self.weight is None:
+            return few_tokens.takes_quantized(token, self.stored[0])
+        return few_tokens.is_one(token, self.weight)
+
+    def halves_of_one(self, dtype: torch.dtype) -> Halves | None:
+        """Return A and B in this dtype for `outputs_of_one`; None without an adapter."""
+        if self.lora is None:
+            return None
+        return Halves(cast_copy(self.linear_in, dtype), cast_copy(self.linear_out, dtype), self.lora.scale)
+
     @property
     def stored(self) -> tuple[Tensor, Tensor]:
         """Return the values and scales of quantized weights."""
@@ -122,9 +133,9 @@ class ExpertLinear(torch.nn.Module):
 
     def dense_weight(self, index: int) -> Tensor:
         """Return the weight of one local expert [out, in]; a quantized one as fp32."""
-        if self.values is not None and self.scales is not None:
-            return dequantize(self.values[index], self.scales[index], torch.float32)
-        assert self.weight is not None
+        if self.weight is None:
+            values, scales = self.stored
+            return dequantize(values[index], scales[index], torch.float32)
         return self.weight[index].detach()
 
     def forward(self, rows: Tensor, offsets: Tensor, recipe: Recipe | None = None) -> Tensor:
@@ -301,19 +312,15 @@ class Experts(MegatronModule):
 
     def takes_one(self, token: Tensor) -> bool:
         """Return True if `outputs_of_one` can compute `forward` for this token [1, hidden], without a permutation."""
-        first, second = self.linear_fc1, self.linear_fc2
-        if first.lora is not None or second.lora is not None:
-            return False
-        if first.weight is not None and second.weight is not None:
-            return is_one(token, first.weight, second.weight)
-        return all(each.values is not None and takes_quantized(token, each.values) for each in (first, second))
+        return all(each.takes_one(token) for each in self.linears.values())
 
     def outputs_of_one(self, token: Tensor, experts: Tensor, probs: Tensor) -> Tensor:
         """Return the sum of the experts' outputs times probs for one token; see few_tokens.outputs_of_one."""
-        first, second = self.linear_fc1.weight, self.linear_fc2.weight
-        if first is None or second is None:
-            return quantized_outputs_of_one(token, experts, probs, self.linear_fc1.stored, self.linear_fc2.stored)
-        return outputs_of_one(token, experts, probs, first, second)
+        first, second = self.linear_fc1, self.linear_fc2
+        adapters = first.halves_of_one(token.dtype), second.halves_of_one(token.dtype)
+        if first.weight is None or second.weight is None:
+            return few_tokens.quantized_outputs_of_one(token, experts, probs, first.stored, second.stored, adapters)
+        return few_tokens.outputs_of_one(token, experts, probs, first.weight, second.weight, adapters)
 
     def _activate(self, rows: Tensor, offsets: Tensor, recipe: Recipe | None) -> tuple[Tensor, Recipe | None]:
         """Return linear_fc1 followed by SwiGLU, [tokens, ffn], and, given the rows' recipe, the recipe of the

@@ -25,6 +25,7 @@ from torch.nn.functional import linear
 from mixtral_run.model.adapters.cast_adapters import cast_copy
 from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.kernels.decoding.few_tokens import is_one, product_of_one
+from mixtral_run.model.kernels.decoding.halves import Halves
 from mixtral_run.model.kernels.quantized.dense_mm import Frozen, frozen_gradient, frozen_product
 from mixtral_run.model.parallel.frozen_linear import (
     FrozenColumnLinear,
@@ -126,6 +127,11 @@ class LinearAdapter(torch.nn.Module):
     def outer(self, inner: Tensor) -> Tensor:
         """Return alpha / r · B·(A·x), given A·x."""
         return linear(inner * self.lora.scale, self.halves()[1].to(inner.dtype))
+
+    def of_one(self, dtype: torch.dtype) -> Halves:
+        """Return A and B in this dtype for `product_of_one`."""
+        first, second = (cast_copy(each.weight, dtype)[None] for each in (self.linear_in, self.linear_out))
+        return Halves(first, second, self.lora.scale)
 
     def stands_alone(self, tp_group: torch.distributed.ProcessGroup) -> bool:
         """Return True if `adapted_linear` can compute the layer: it is not split over TP, and there is no dropout."""
@@ -234,10 +240,8 @@ class ColumnLinear(FrozenColumnLinear):
         """Return [sequence, batch, out / TP] for hidden [sequence (/ TP), batch, in]. recipe: how to recompute
         hidden.
         """
-        if self.adapter is not None and self.adapter.stands_alone(self.tp_group):
-            return adapted_linear(hidden, frozen_weight(self), self.adapter, recipe)
-        if self.adapter is None:
-            return _without_adapter(self, hidden)
+        if self.adapter is None or self.adapter.stands_alone(self.tp_group):
+            return _computed_here(self, hidden, recipe)
         output = self.base_output(hidden)
         inner = self.adapter.inner(hidden, recipe)
         if self.sequence_parallel:
@@ -283,10 +287,8 @@ class RowLinear(FrozenRowLinear):
         """Return [sequence (/ TP), batch, out] for hidden [sequence, batch, in / TP]. recipe: how to recompute
         hidden.
         """
-        if self.adapter is not None and self.adapter.stands_alone(self.tp_group):
-            return adapted_linear(hidden, frozen_weight(self), self.adapter, recipe)
-        if self.adapter is None:
-            return _without_adapter(self, hidden)
+        if self.adapter is None or self.adapter.stands_alone(self.tp_group):
+            return _computed_here(self, hidden, recipe)
         output = self.base_output(hidden)
         inner = self.adapter.inner(hidden, recipe)
         if self.sequence_parallel:
@@ -301,11 +303,16 @@ class RowLinear(FrozenRowLinear):
         return _with_adapter(self, 1, prefix, sharded_offsets, metadata)
 
 
-def _without_adapter(layer: ColumnLinear | RowLinear, hidden: Tensor) -> Tensor:
-    """Return the output of a layer without an adapter; that of one token by a kernel of its own (few_tokens.py)."""
-    weight = frozen_weight(layer)
-    if layer.tp_group.size() == 1 and isinstance(weight, Tensor) and is_one(hidden, weight):
-        return product_of_one(hidden, weight)
+def _computed_here(layer: ColumnLinear | RowLinear, hidden: Tensor, recipe: Recipe | None) -> Tensor:
+    """Return the output of a layer without an adapter, or with one that `stands_alone`; for one token by a kernel
+    of its own (few_tokens.py).
+    """
+    weight, adapter = frozen_weight(layer), layer.adapter
+    changes = adapter is not None and adapter.initial_in is not None
+    if layer.tp_group.size() == 1 and isinstance(weight, Tensor) and is_one(hidden, weight) and not changes:
+        return product_of_one(hidden, weight, adapter.of_one(hidden.dtype) if adapter is not None else None)
+    if adapter is not None:
+        return adapted_linear(hidden, weight, adapter, recipe)
     return layer.base_output(hidden)
 
 

@@ -12,12 +12,14 @@ from mixtral_run.model.kernels.decoding.few_tokens import (
     is_one,
     outputs_of_one,
     plain_outputs_of_one,
+    plain_product_of_one,
     product_of_one,
     quantized_outputs_of_one,
     route,
     sorted_rows,
     takes_quantized,
 )
+from mixtral_run.model.kernels.decoding.halves import Halves
 from mixtral_run.model.kernels.quantized.quantized_mm import dequantize, quantize_to
 from mixtral_run.model.routing.moe import choose
 
@@ -102,22 +104,41 @@ def test_sorted_rows(tokens: int, count: int, topk: int) -> None:
     assert torch.equal(rows, states[source])
 
 
+def halves(adapted: str, count: int, outputs: int, inputs: int) -> Halves | None:
+    """Adapters of a rank that is no power of two, with parts as large as the matrices'."""
+    if adapted == "none":
+        return None
+    number, rank = (1, 16) if adapted == "shared" else (count, 6)
+    return Halves(drawn(number, rank, inputs, scale=0.02), drawn(number, outputs, rank, scale=0.5), 2.0)
+
+
+def exact_halves(given: Halves | None) -> Halves | None:
+    return None if given is None else Halves(given.linear_in.double(), given.linear_out.double(), given.scale)
+
+
+ADAPTED = ("none", "each", "shared")
+
+
+@pytest.mark.parametrize("adapted", ADAPTED)
 @pytest.mark.parametrize(("hidden", "ffn", "topk"), [(512, 1024, 2), (192, 832, 3), (4096, 14336, 2)])
-def test_outputs_of_one(hidden: int, ffn: int, topk: int) -> None:
+def test_outputs_of_one(hidden: int, ffn: int, topk: int, adapted: str) -> None:
     token = drawn(1, hidden)
+    adapters = halves(adapted, 4, 2 * ffn, hidden), halves(adapted, 4, hidden, ffn)
     first, second = drawn(4, 2 * ffn, hidden, scale=0.02), drawn(4, hidden, ffn, scale=0.02)
     experts = torch.randperm(4, device=DEVICE)[None, :topk]
     probs = torch.rand(1, topk, device=DEVICE)
-    used = [each[experts[0]].double() for each in (first, second)]
-    exact = plain_outputs_of_one(token.double(), torch.arange(topk)[None], probs.double(), *used)
-    near(outputs_of_one(token, experts, probs, first, second), exact)
+    exact = plain_outputs_of_one(
+        token.double(), experts, probs.double(), first.double(), second.double(), tuple(map(exact_halves, adapters))
+    )
+    near(outputs_of_one(token, experts, probs, first, second, adapters), exact)
 
 
+@pytest.mark.parametrize("adapted", ADAPTED)
 @pytest.mark.parametrize("as_bytes", [False, True])
 @pytest.mark.parametrize("precision", ["fp8", "nf4"])
 @pytest.mark.parametrize(("hidden", "ffn", "topk"), [(512, 1024, 2), (192, 832, 3), (4096, 14336, 2)])
 def test_quantized_outputs_of_one(
-    hidden: int, ffn: int, topk: int, precision: str, as_bytes: bool, monkeypatch: pytest.MonkeyPatch
+    hidden: int, ffn: int, topk: int, precision: str, as_bytes: bool, adapted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As float8, and as on a GPU that has no float8."""
     if as_bytes:
@@ -129,17 +150,22 @@ def test_quantized_outputs_of_one(
         stored.append((torch.stack([values for values, _ in each]), torch.stack([scales for _, scales in each])))
     experts = torch.randperm(4, device=DEVICE)[None, :topk]
     probs = torch.rand(1, topk, device=DEVICE)
-    used = [dequantize(*(part[experts[0]].cpu() for part in both), torch.float64).to(DEVICE) for both in stored]
-    exact = plain_outputs_of_one(token.double(), torch.arange(topk)[None], probs.double(), *used)
+    adapters = halves(adapted, 4, 2 * ffn, hidden), halves(adapted, 4, hidden, ffn)
+    whole = [dequantize(*(part.cpu() for part in both), torch.float32).to(DEVICE).double() for both in stored]
+    exact = plain_outputs_of_one(token.double(), experts, probs.double(), *whole, tuple(map(exact_halves, adapters)))
     with torch.inference_mode():
         assert all(takes_quantized(token, values) for values, _ in stored)
-    near(quantized_outputs_of_one(token, experts, probs, *stored), exact)
+    near(quantized_outputs_of_one(token, experts, probs, *stored, adapters), exact)
 
 
+@pytest.mark.parametrize("adapted", ["none", "shared"])
 @pytest.mark.parametrize(("width", "outputs"), [(512, 1024), (192, 72), (4096, 6144)])
-def test_product_of_one(width: int, outputs: int) -> None:
-    row, weight = drawn(1, 1, width), drawn(outputs, width, scale=0.02)
-    near(product_of_one(row, weight), row.double() @ weight.double().t())
+def test_product_of_one(width: int, outputs: int, adapted: str) -> None:
+    row, weight, adapter = drawn(1, 1, width), drawn(outputs, width, scale=0.02), halves(adapted, 1, outputs, width)
+    near(
+        product_of_one(row, weight, adapter),
+        plain_product_of_one(row.double(), weight.double(), exact_halves(adapter)),
+    )
 
 
 def test_only_few_tokens_in_inference_mode_go_this_way() -> None:

@@ -19,7 +19,7 @@ from mixtral_run.errors import ConfigError
 from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.planner import available, choose, table
 from mixtral_run.planner.available import AvailableGpu
-from mixtral_run.planner.choose import inference_memory_error, memory_error, settled
+from mixtral_run.planner.choose import memory_error, settled
 from mixtral_run.planner.memory_model import CONTEXT
 from mixtral_run.planner.workload import GIB
 from mixtral_run.train import preflight
@@ -123,23 +123,6 @@ def test_generate_gets_a_layout_and_says_so_once(on_gpus: Any, capsys: pytest.Ca
     settled(GenerateConfig(load=Path("base"), prompt=("a",), json=True))
     printed = capsys.readouterr()
     assert (printed.out, "Layout: " in printed.err) == ("", True)
-
-
-def test_generate_is_refused_before_weights_that_do_not_fit_are_read(on_gpus: Any) -> None:
-    on_gpus(1, 79.1)
-    whole = settled(GenerateConfig(load=Path("base"), prompt=("a",)))
-    error = inference_memory_error(whole, BASE, 1)
-    assert error is not None
-    assert error.found is not None and float(error.found.split()[0]) > 79.1
-    assert error.next_command == "--base-precision fp8 or more GPUs, with a larger --expert-model-parallel-size"
-    assert inference_memory_error(dataclasses.replace(whole, base_precision="fp8"), BASE, 1) is None
-    on_gpus(1, 39.4)
-    error = inference_memory_error(dataclasses.replace(whole, base_precision="fp8"), BASE, 1)
-    assert error is not None and (error.next_command or "").startswith("--base-precision nf4 or")
-    assert inference_memory_error(dataclasses.replace(whole, base_precision="nf4"), BASE, 1) is None
-    on_gpus(2, 79.1)
-    halves = settled(GenerateConfig(load=Path("base"), prompt=("a",)))
-    assert inference_memory_error(halves, BASE, 2) is None
 
 
 def test_a_base_that_cannot_be_read_is_left_to_the_checks(on_gpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,12 +10,17 @@ from types import SimpleNamespace
 
 import pytest
 
+from mixtral_run.config.gpus import HOPPER
+from mixtral_run.config.verbs.generate import GenerateConfig
 from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.launch.stop_request import STOP_SIGNALS, stop_requests
 from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.model.parallel.mesh import open_mesh
+from mixtral_run.planner import choose
+from mixtral_run.planner.available import AvailableGpu
+from mixtral_run.planner.workload import GIB
 from mixtral_run.train import preflight
 from mixtral_run.train.model_limits import recompute_problems
 from mixtral_run.train.preflight import adapter_bytes, check_resume, output_problems, start_problems
@@ -182,3 +187,23 @@ def test_each_signal_of_a_stop_is_a_request(tmp_path: Path, number: signal.Signa
         assert not stop.agreed()
         os.kill(os.getpid(), number)
         assert stop.agreed()
+
+
+def test_generate_is_refused_before_weights_that_do_not_fit_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = BaseDescription(Path("base"), MIXTRAL_8X7B, "bfloat16", "f")
+    plain = GenerateConfig(load=Path("base"), prompt=("a",), tensor_model_parallel_size=1, expert_model_parallel_size=1)
+
+    def error_on(count: int, gib: float, **changes: object) -> ConfigError | None:
+        gpu = AvailableGpu(gib * GIB, gib * GIB, HOPPER)
+        monkeypatch.setattr(choose, "available_gpu", lambda *_: gpu)
+        return choose.inference_memory_error(dataclasses.replace(plain, **changes), base, count)  # type: ignore[arg-type]
+
+    error = error_on(1, 79.1)
+    assert error is not None
+    assert error.found is not None and float(error.found.split()[0]) > 79.1
+    assert error.next_command == "--base-precision fp8 or more GPUs, with a larger --expert-model-parallel-size"
+    assert error_on(1, 79.1, base_precision="fp8") is None
+    error = error_on(1, 39.4, base_precision="fp8")
+    assert error is not None and (error.next_command or "").startswith("--base-precision nf4 or")
+    assert error_on(1, 39.4, base_precision="nf4") is None
+    assert error_on(2, 79.1, expert_model_parallel_size=2) is None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from mixtral_run.model.kernels.decoding.halves import Adapters, Halves
 from mixtral_run.model.kernels.quantized.formats import FP8
 from mixtral_run.model.kernels.selected import kernels_of
 from mixtral_run.model.kernels.swiglu import swiglu
@@ -64,7 +65,14 @@ def sorted_rows(tokens: Tensor, experts: Tensor, count: int) -> tuple[Tensor, Te
     return on_gpu(tokens, experts.contiguous(), count)
 
 
-def outputs_of_one(token: Tensor, experts: Tensor, probs: Tensor, first: Tensor, second: Tensor) -> Tensor:
+def outputs_of_one(
+    token: Tensor,
+    experts: Tensor,
+    probs: Tensor,
+    first: Tensor,
+    second: Tensor,
+    adapters: Adapters = (None, None),
+) -> Tensor:
     """Return the sum of the experts' outputs times probs for one token: [1, hidden]. They must be `is_one`.
 
     Args:
@@ -74,13 +82,33 @@ def outputs_of_one(token: Tensor, experts: Tensor, probs: Tensor, first: Tensor,
     """
     from mixtral_run.model.kernels.decoding.few_tokens_triton import outputs_of_one as on_gpu
 
-    return on_gpu(token, experts.contiguous(), probs.contiguous(), first, second)
+    return on_gpu(token, experts.contiguous(), probs.contiguous(), first, second, adapters)
 
 
-def plain_outputs_of_one(token: Tensor, experts: Tensor, probs: Tensor, first: Tensor, second: Tensor) -> Tensor:
+def plain_outputs_of_one(
+    token: Tensor,
+    experts: Tensor,
+    probs: Tensor,
+    first: Tensor,
+    second: Tensor,
+    adapters: Adapters = (None, None),
+) -> Tensor:
     """Compute `outputs_of_one` in plain torch, in the dtype of its arguments."""
-    outputs = [linear(swiglu(linear(token, first[expert])), second[expert]) for expert in experts[0]]
+
+    def product(row: Tensor, matrices: Tensor, expert: int, halves: Halves | None) -> Tensor:
+        output = linear(row, matrices[expert])
+        return output if halves is None else output + _adapted(row, halves, expert)
+
+    outputs = [
+        product(swiglu(product(token, first, expert, adapters[0])), second, expert, adapters[1])
+        for expert in experts[0].tolist()
+    ]
     return (torch.cat(outputs) * probs[0, :, None].to(token.dtype)).sum(0, keepdim=True)
+
+
+def _adapted(row: Tensor, halves: Halves, number: int) -> Tensor:
+    number = min(number, len(halves.linear_in) - 1)
+    return linear(linear(row, halves.linear_in[number]), halves.linear_out[number]) * halves.scale
 
 
 def takes_quantized(token: Tensor, values: Tensor) -> bool:
@@ -96,7 +124,12 @@ def takes_quantized(token: Tensor, values: Tensor) -> bool:
 
 
 def quantized_outputs_of_one(
-    token: Tensor, experts: Tensor, probs: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]
+    token: Tensor,
+    experts: Tensor,
+    probs: Tensor,
+    first: tuple[Tensor, Tensor],
+    second: tuple[Tensor, Tensor],
+    adapters: Adapters = (None, None),
 ) -> Tensor:
     """Compute `outputs_of_one` with values and scales of the weights (quantized_mm.py), which `takes_quantized`.
 
@@ -104,11 +137,19 @@ def quantized_outputs_of_one(
     """
     from mixtral_run.model.kernels.decoding.one_token_triton import outputs_of_one as on_gpu
 
-    return on_gpu(token, experts.contiguous(), probs.contiguous(), first, second)
+    return on_gpu(token, experts.contiguous(), probs.contiguous(), first, second, adapters)
 
 
-def product_of_one(row: Tensor, weight: Tensor) -> Tensor:
-    """Return torch.nn.functional.linear of one row [.., in] and weight [out, in]. They must be `is_one`."""
+def product_of_one(row: Tensor, weight: Tensor, adapter: Halves | None = None) -> Tensor:
+    """Return torch.nn.functional.linear of one row [.., in] and weight [out, in], plus the part of its adapter, of one
+    matrix. They must be `is_one`.
+    """
     from mixtral_run.model.kernels.decoding.few_tokens_triton import product_of_one as on_gpu
 
-    return on_gpu(row, weight)
+    return on_gpu(row, weight, adapter)
+
+
+def plain_product_of_one(row: Tensor, weight: Tensor, adapter: Halves | None = None) -> Tensor:
+    """Compute `product_of_one` in plain torch, in the dtype of its arguments."""
+    output = linear(row, weight)
+    return output if adapter is None else output + _adapted(row, adapter, 0)

@@ -13,6 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mixtral_run.model.kernels.decoding.halves import Halves
+from mixtral_run.model.kernels.decoding.one_adapter_triton import from_adapter, inner_of_one
+
 COLUMNS = 1024
 """Columns of a token that a program copies."""
 
@@ -118,11 +121,16 @@ def _gated_kernel(
     weight_ptr,
     experts_ptr,
     active_ptr,
+    inner_ptr,
+    half_ptr,
+    half_stride,
     ffn,
     HIDDEN: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
     STAGES: tl.constexpr,
+    RANK: tl.constexpr,
+    PADDED: tl.constexpr,
 ):
     choice = tl.program_id(1)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -138,8 +146,12 @@ def _gated_kernel(
         values = tl.load(token_ptr + start + columns).to(tl.float32)[None, :]
         gates += gate.to(tl.float32) * values
         ups += up.to(tl.float32) * values
-    gate = tl.sum(gates, axis=1)
-    active = gate / (1.0 + tl.exp(-gate)) * tl.sum(ups, axis=1)
+    gate, up = tl.sum(gates, axis=1), tl.sum(ups, axis=1)
+    if RANK > 0:
+        half = half_ptr + expert * half_stride
+        gate += from_adapter(inner_ptr + choice * RANK, half, rows, RANK, PADDED)
+        up += from_adapter(inner_ptr + choice * RANK, half, rows + ffn, RANK, PADDED)
+    active = gate / (1.0 + tl.exp(-gate)) * up
     tl.store(active_ptr + choice * ffn + rows, active.to(active_ptr.dtype.element_ty))
 
 
@@ -150,12 +162,17 @@ def _summed_kernel(
     experts_ptr,
     probs_ptr,
     output_ptr,
+    inner_ptr,
+    half_ptr,
+    half_stride,
     hidden,
     FFN: tl.constexpr,
     TOPK: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
     STAGES: tl.constexpr,
+    RANK: tl.constexpr,
+    PADDED: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, DEPTH)
@@ -168,7 +185,13 @@ def _summed_kernel(
             weights = tl.load(weight_ptr + expert * each + places + start, eviction_policy="evict_first")
             values = tl.load(active_ptr + choice * FFN + start + columns).to(tl.float32)
             sums += weights.to(tl.float32) * (values * tl.load(probs_ptr + choice))[None, :]
-    tl.store(output_ptr + rows, tl.sum(sums, axis=1).to(output_ptr.dtype.element_ty))
+    total = tl.sum(sums, axis=1)
+    if RANK > 0:
+        for choice in tl.static_range(TOPK):
+            half = half_ptr + tl.load(experts_ptr + choice) * half_stride
+            added = from_adapter(inner_ptr + choice * RANK, half, rows, RANK, PADDED)
+            total += added * tl.load(probs_ptr + choice)
+    tl.store(output_ptr + rows, total.to(output_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -176,10 +199,14 @@ def _single_kernel(
     row_ptr,
     weight_ptr,
     output_ptr,
+    inner_ptr,
+    half_ptr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
     STAGES: tl.constexpr,
+    RANK: tl.constexpr,
+    PADDED: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, DEPTH)
@@ -188,7 +215,10 @@ def _single_kernel(
     for start in tl.range(0, WIDTH, DEPTH, num_stages=STAGES):
         weights = tl.load(weight_ptr + places + start, eviction_policy="evict_first")
         sums += weights.to(tl.float32) * tl.load(row_ptr + start + columns).to(tl.float32)[None, :]
-    tl.store(output_ptr + rows, tl.sum(sums, axis=1).to(output_ptr.dtype.element_ty))
+    total = tl.sum(sums, axis=1)
+    if RANK > 0:
+        total += from_adapter(inner_ptr, half_ptr, rows, RANK, PADDED)
+    tl.store(output_ptr + rows, total.to(output_ptr.dtype.element_ty))
 
 
 def route(tokens: Tensor, weight: Tensor, topk: int) -> tuple[Tensor, Tensor]:
@@ -238,31 +268,42 @@ def sorted_rows(tokens: Tensor, experts: Tensor, count: int) -> tuple[Tensor, Te
 
 
 def outputs_of_one(
-    token: Tensor, experts: Tensor, probs: Tensor, first: Tensor, second: Tensor, tiles: tuple[Tile, Tile] | None = None
+    token: Tensor,
+    experts: Tensor,
+    probs: Tensor,
+    first: Tensor,
+    second: Tensor,
+    adapters: tuple[Halves | None, Halves | None] = (None, None),
+    tiles: tuple[Tile, Tile] | None = None,
 ) -> Tensor:
     """Compute few_tokens.outputs_of_one. All are contiguous."""
     gated, summed = tiles or (GATED, SUMMED)
     topk, hidden, ffn = experts.shape[1], second.shape[1], second.shape[2]
     active = torch.empty(topk, ffn, dtype=token.dtype, device=token.device)
     output = torch.empty(1, hidden, dtype=token.dtype, device=token.device)
+    inner = inner_of_one(token, experts, adapters[0])
     _gated_kernel[(ffn // gated.rows, topk)](
         token,
         first,
         experts,
         active,
+        *inner.pointers,
         ffn,
         HIDDEN=hidden,
         ROWS=gated.rows,
         DEPTH=depth_of(gated, hidden),
         STAGES=gated.stages,
         num_warps=gated.warps,
+        **inner.sizes,
     )
+    inner = inner_of_one(active, experts, adapters[1])
     _summed_kernel[(hidden // summed.rows,)](
         active,
         second,
         experts,
         probs,
         output,
+        *inner.pointers,
         hidden,
         FFN=ffn,
         TOPK=topk,
@@ -270,22 +311,28 @@ def outputs_of_one(
         DEPTH=depth_of(summed, ffn),
         STAGES=summed.stages,
         num_warps=summed.warps,
+        **inner.sizes,
     )
     return output
 
 
-def product_of_one(row: Tensor, weight: Tensor, tile: Tile = SINGLE) -> Tensor:
-    """Return row [.., in], of one row, times the transpose of weight [out, in]. Both are contiguous."""
+def product_of_one(row: Tensor, weight: Tensor, adapter: Halves | None = None, tile: Tile = SINGLE) -> Tensor:
+    """Return row [.., in], of one row, times the transpose of weight [out, in], with its adapter's part. Both are
+    contiguous.
+    """
     outputs, width = weight.shape
     output = torch.empty(*row.shape[:-1], outputs, dtype=row.dtype, device=row.device)
+    inner = inner_of_one(row.view(1, -1), None, adapter)
     _single_kernel[(outputs // tile.rows,)](
         row,
         weight,
         output,
+        *inner.pointers[:2],
         WIDTH=width,
         ROWS=tile.rows,
         DEPTH=depth_of(tile, width),
         STAGES=tile.stages,
         num_warps=tile.warps,
+        **inner.sizes,
     )
     return output

@@ -12,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mixtral_run.model.kernels.decoding.few_tokens_triton import Tile, depth_of
+from mixtral_run.model.kernels.decoding.halves import Halves
+from mixtral_run.model.kernels.decoding.one_adapter_triton import from_adapter, inner_of_one
 from mixtral_run.model.kernels.quantized.formats import FP8, levels_on
 from mixtral_run.model.kernels.requirements import NATIVE_FLOAT8
 from mixtral_run.model.kernels.selected import capability_of
@@ -40,10 +42,15 @@ def _gated_8_bits_kernel(
     scales_ptr,
     experts_ptr,
     active_ptr,
+    inner_ptr,
+    half_ptr,
+    half_stride,
     ffn,
     HIDDEN: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
+    RANK: tl.constexpr,
+    PADDED: tl.constexpr,
 ):
     choice = tl.program_id(1)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -62,6 +69,10 @@ def _gated_8_bits_kernel(
     scales = scales_ptr + expert * (2 * ffn) + rows
     gate = tl.sum(gates, axis=1) * tl.load(scales)
     up = tl.sum(ups, axis=1) * tl.load(scales + ffn)
+    if RANK > 0:
+        half = half_ptr + expert * half_stride
+        gate += from_adapter(inner_ptr + choice * RANK, half, rows, RANK, PADDED)
+        up += from_adapter(inner_ptr + choice * RANK, half, rows + ffn, RANK, PADDED)
     active = gate / (1.0 + tl.exp(-gate)) * up
     tl.store(active_ptr + choice * ffn + rows, active.to(active_ptr.dtype.element_ty))
 
@@ -74,11 +85,16 @@ def _summed_8_bits_kernel(
     experts_ptr,
     probs_ptr,
     output_ptr,
+    inner_ptr,
+    half_ptr,
+    half_stride,
     hidden,
     FFN: tl.constexpr,
     TOPK: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
+    RANK: tl.constexpr,
+    PADDED: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, DEPTH)
@@ -90,7 +106,11 @@ def _summed_8_bits_kernel(
         for start in range(0, FFN, DEPTH):
             values = tl.load(values_ptr + expert * (hidden * FFN) + places + start, eviction_policy="evict_first")
             sums += _from_8_bits(values) * tl.load(active_ptr + choice * FFN + start + columns).to(tl.float32)[None, :]
-        total += tl.sum(sums, axis=1) * tl.load(scales_ptr + expert * hidden + rows) * tl.load(probs_ptr + choice)
+        part = tl.sum(sums, axis=1) * tl.load(scales_ptr + expert * hidden + rows)
+        if RANK > 0:
+            half = half_ptr + expert * half_stride
+            part += from_adapter(inner_ptr + choice * RANK, half, rows, RANK, PADDED)
+        total += part * tl.load(probs_ptr + choice)
     tl.store(output_ptr + rows, total.to(output_ptr.dtype.element_ty))
 
 
@@ -118,11 +138,16 @@ def _gated_4_bits_kernel(
     levels_ptr,
     experts_ptr,
     active_ptr,
+    inner_ptr,
+    half_ptr,
+    half_stride,
     ffn,
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
+    RANK: tl.constexpr,
+    PADDED: tl.constexpr,
 ):
     choice = tl.program_id(1)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -144,8 +169,12 @@ def _gated_4_bits_kernel(
             pairs,
             BLOCK,
         )
-    gate = tl.sum(gates, axis=1)
-    active = gate / (1.0 + tl.exp(-gate)) * tl.sum(ups, axis=1)
+    gate, up = tl.sum(gates, axis=1), tl.sum(ups, axis=1)
+    if RANK > 0:
+        half = half_ptr + expert * half_stride
+        gate += from_adapter(inner_ptr + choice * RANK, half, rows, RANK, PADDED)
+        up += from_adapter(inner_ptr + choice * RANK, half, rows + ffn, RANK, PADDED)
+    active = gate / (1.0 + tl.exp(-gate)) * up
     tl.store(active_ptr + choice * ffn + rows, active.to(active_ptr.dtype.element_ty))
 
 
@@ -158,23 +187,33 @@ def _summed_4_bits_kernel(
     experts_ptr,
     probs_ptr,
     output_ptr,
+    inner_ptr,
+    half_ptr,
+    half_stride,
     hidden,
     FFN: tl.constexpr,
     BLOCK: tl.constexpr,
     TOPK: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
+    RANK: tl.constexpr,
+    PADDED: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     pairs = tl.arange(0, DEPTH // 2)
     total = tl.zeros([ROWS], dtype=tl.float32)
     for choice in tl.static_range(TOPK):
-        row = (tl.load(experts_ptr + choice) * hidden + rows)[:, None].to(tl.int64)
+        expert = tl.load(experts_ptr + choice)
+        row = (expert * hidden + rows)[:, None].to(tl.int64)
         codes, scales = codes_ptr + row * (FFN // 2), scales_ptr + row * (FFN // BLOCK)
         sums = tl.zeros([ROWS, DEPTH // 2], dtype=tl.float32)
         for start in range(0, FFN // 2, DEPTH // 2):
             sums += _times_4_bits(codes, scales, levels_ptr, active_ptr + choice * FFN, start, pairs, BLOCK)
-        total += tl.sum(sums, axis=1) * tl.load(probs_ptr + choice)
+        part = tl.sum(sums, axis=1)
+        if RANK > 0:
+            half = half_ptr + expert * half_stride
+            part += from_adapter(inner_ptr + choice * RANK, half, rows, RANK, PADDED)
+        total += part * tl.load(probs_ptr + choice)
     tl.store(output_ptr + rows, total.to(output_ptr.dtype.element_ty))
 
 
@@ -184,6 +223,7 @@ def outputs_of_one(
     probs: Tensor,
     first: tuple[Tensor, Tensor],
     second: tuple[Tensor, Tensor],
+    adapters: tuple[Halves | None, Halves | None] = (None, None),
     tiles: tuple[Tile, Tile] | None = None,
 ) -> Tensor:
     """Compute few_tokens.quantized_outputs_of_one. All are contiguous."""
@@ -192,29 +232,27 @@ def outputs_of_one(
     output = torch.empty(1, hidden, dtype=token.dtype, device=token.device)
     in_4_bits = first[0].dtype is not FP8
     gated, summed = tiles or (FOUR_BITS if in_4_bits else EIGHT_BITS)
-    depths = depth_of(gated, hidden), depth_of(summed, ffn)
+    gate = {"HIDDEN": hidden, "ROWS": gated.rows, "DEPTH": depth_of(gated, hidden), "num_warps": gated.warps}
+    total = {"FFN": ffn, "TOPK": topk, "ROWS": summed.rows, "DEPTH": depth_of(summed, ffn), "num_warps": summed.warps}
     grids = (ffn // gated.rows, topk), (hidden // summed.rows,)
+    inner = inner_of_one(token, experts, adapters[0])
     if in_4_bits:
         levels = levels_on(token.device)
-        blocks = tuple(2 * codes.shape[-1] // scales.shape[-1] for codes, scales in (first, second))
+        gate["BLOCK"], total["BLOCK"] = (2 * codes.shape[-1] // scales.shape[-1] for codes, scales in (first, second))
         _gated_4_bits_kernel[grids[0]](
-            token, *first, levels, experts, active, ffn,
-            HIDDEN=hidden, BLOCK=blocks[0], ROWS=gated.rows, DEPTH=depths[0], num_warps=gated.warps,
-        )  # fmt: skip
+            token, *first, levels, experts, active, *inner.pointers, ffn, **gate, **inner.sizes
+        )
+        inner = inner_of_one(active, experts, adapters[1])
         _summed_4_bits_kernel[grids[1]](
-            active, *second, levels, experts, probs, output, hidden,
-            FFN=ffn, BLOCK=blocks[1], TOPK=topk, ROWS=summed.rows, DEPTH=depths[1], num_warps=summed.warps,
-        )  # fmt: skip
+            active, *second, levels, experts, probs, output, *inner.pointers, hidden, **total, **inner.sizes
+        )
         return output
     first, second = _as_readable(*first), _as_readable(*second)
-    _gated_8_bits_kernel[grids[0]](
-        token, *first, experts, active, ffn,
-        HIDDEN=hidden, ROWS=gated.rows, DEPTH=depths[0], num_warps=gated.warps,
-    )  # fmt: skip
+    _gated_8_bits_kernel[grids[0]](token, *first, experts, active, *inner.pointers, ffn, **gate, **inner.sizes)
+    inner = inner_of_one(active, experts, adapters[1])
     _summed_8_bits_kernel[grids[1]](
-        active, *second, experts, probs, output, hidden,
-        FFN=ffn, TOPK=topk, ROWS=summed.rows, DEPTH=depths[1], num_warps=summed.warps,
-    )  # fmt: skip
+        active, *second, experts, probs, output, *inner.pointers, hidden, **total, **inner.sizes
+    )
     return output
 
 
