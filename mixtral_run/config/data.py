@@ -151,9 +151,22 @@ class CheckConfig(ExampleConfig):
         section=PREFERENCES,
     )
     seq_length: int = setting(512, help="Tokens per sample of the planned run.", minimum=2, section=DATA)
+    pack: bool = setting(
+        False,
+        help="The planned run packs: with --method, both answers of a pair must then fit into one row.",
+        section=DATA,
+    )
+    valid_fraction: float = setting(
+        0.0,
+        help="The --valid-fraction of the planned run: report how many examples are for training and for validation.",
+        minimum=0,
+        section=DATA,
+    )
     chat_template: str = chat_template_setting(DATA)
     json: bool = setting(False, help="Print the result as JSON.", section=OUTPUT)
 
     def problems(self) -> list[str]:
         found = super().problems() + chat_template_problems(self.chat_template)
+        if self.valid_fraction >= 1:
+            found.append(f"--valid-fraction: expected less than 1; found {self.valid_fraction:g}")
         return found + ([] if self.data_path else ["PATH is missing"])

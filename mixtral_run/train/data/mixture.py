@@ -32,15 +32,7 @@ def mixed_indices(counts: Sequence[int], weights: Sequence[float | None]) -> NDA
     shares = [weight for weight in weights if weight is not None]
     if not shares:
         return None
-    empty = [number + 1 for number, count in enumerate(counts) if not count]
-    if empty:
-        raise ConfigError(
-            "A source of the data has a weight, and no example to train on.",
-            where=f"the source number {empty[0]} of --data-path",
-            expected="at least one example, which is neither left out nor in the validation set",
-            next_command="mixtral-run data check, with that source alone",
-        )
-    _check_size(counts, shares)
+    check_mixture(counts, weights)
     # The source that is largest for its share is taken once.
     total = max(count / share for count, share in zip(counts, shares, strict=True))
     found: list[NDArray[np.int64]] = []
@@ -51,8 +43,19 @@ def mixed_indices(counts: Sequence[int], weights: Sequence[float | None]) -> NDA
     return np.concatenate(found)
 
 
-def _check_size(counts: Sequence[int], shares: Sequence[float]) -> None:
-    """Raise ConfigError for shares with which an epoch would not fit into memory."""
+def check_mixture(counts: Sequence[int], weights: Sequence[float | None]) -> None:
+    """Raise ConfigError if a weighted source has no example, or the weights are too far apart for an epoch."""
+    shares = [weight for weight in weights if weight is not None]
+    if not shares:
+        return
+    empty = [number + 1 for number, count in enumerate(counts) if not count]
+    if empty:
+        raise ConfigError(
+            "A source of the data has a weight, and no example to train on.",
+            where=f"the source number {empty[0]} of --data-path",
+            expected="at least one example, which is neither left out nor in the validation set",
+            next_command="mixtral-run data check, with that source alone",
+        )
     total = sum(shares) * max(count / share for count, share in zip(counts, shares, strict=True))
     if total > MOST_SAMPLES:
         raise ConfigError(

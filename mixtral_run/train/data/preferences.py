@@ -17,6 +17,7 @@ import torch
 from mixtral_run.errors import ConfigError
 from mixtral_run.model.attention.packed_attention import PackedSizes
 from mixtral_run.train.data.cache.token_arrays import TokenArrays
+from mixtral_run.train.data.length_limits import answers_problem, positions_needed
 from mixtral_run.train.data.packing import PackedSamples, Packing, joined_row, pack_lengths
 from mixtral_run.train.data.samples import (
     NUM_PROBLEMS_SHOWN,
@@ -266,10 +267,13 @@ FileSamples = Samples | PackedSamples | PreferenceSamples
 
 def fitting(arrays: TokenArrays, seq_length: int, *, together: bool) -> NDArray[np.bool_]:
     """Return for each example whether a row of `seq_length` tokens holds each of its answers, or both together."""
-    lengths = np.diff(arrays.offsets).reshape(-1, 2)
-    longest: NDArray[np.int64] = lengths.max(axis=1, initial=0)
-    both: NDArray[np.int64] = np.maximum(lengths - 1, 0).sum(axis=1, dtype=np.int64)
-    return (longest <= seq_length + 1) & ((both <= seq_length) if together else np.True_)
+    fit: NDArray[np.bool_] = _needed(arrays, together=together) <= seq_length
+    return fit
+
+
+def _needed(arrays: TokenArrays, *, together: bool) -> NDArray[np.int64]:
+    """Return the tokens of the row that each example needs."""
+    return positions_needed(np.diff(arrays.offsets).reshape(-1, 2), together=together)
 
 
 def _refuse_too_long(
@@ -281,15 +285,11 @@ def _refuse_too_long(
         return
     lengths = np.diff(arrays.offsets).reshape(-1, 2)
     problems = [
-        f"{arrays.place(2 * number)}: "
-        + " and ".join(f"{length:,} tokens with the {name} answer" for length, name in zip(
-            lengths[number].tolist(), ("chosen", "rejected"), strict=True) if length)
+        f"{arrays.place(2 * number)}: {answers_problem((int(lengths[number, 0]), int(lengths[number, 1])))}"
         for number in too_long[:NUM_PROBLEMS_SHOWN].tolist()
-    ]  # fmt: skip
+    ]
     more = [f"and {len(too_long) - NUM_PROBLEMS_SHOWN:,} more"] if len(too_long) > NUM_PROBLEMS_SHOWN else []
-    needed = lengths[numbers].max() - 1
-    if together:
-        needed = np.maximum(lengths[numbers] - 1, 0).sum(axis=1).max()
+    needed = _needed(arrays, together=together)[numbers].max()
     what = (
         "both answers of a pair in one row, because of --pack" if together else "each answer with its prompt in a row"
     )

@@ -15,6 +15,7 @@ import torch
 
 from mixtral_run.errors import ConfigError
 from mixtral_run.train.data.cache.token_arrays import TokenArrays
+from mixtral_run.train.data.length_limits import response_problem, responses_within
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -247,11 +248,11 @@ class Samples:
     def _refuse_without_response(self, lengths: NDArray[np.int64], where: str | None) -> None:
         """Raise ConfigError if truncation leaves nothing to learn of some examples."""
         prompts = self._of_chosen(_first_learned(self._arrays))
-        too_long = np.flatnonzero(prompts > self._seq_length)
+        too_long = np.flatnonzero(~responses_within(prompts, self._seq_length))
         if len(too_long):
             problems = [
-                f"{self._arrays.place(self._number(index))}: {lengths[index]:,} tokens, {prompts[index]:,} of them in "
-                "the instruction; nothing of the response is left"
+                f"{self._arrays.place(self._number(index))}: "
+                + response_problem(int(lengths[index]), int(prompts[index]))
                 for index in too_long[:NUM_PROBLEMS_SHOWN].tolist()
             ]
             more = [f"and {len(too_long) - NUM_PROBLEMS_SHOWN:,} more"] if len(too_long) > NUM_PROBLEMS_SHOWN else []
@@ -266,8 +267,7 @@ class Samples:
 
 def has_response(arrays: TokenArrays, seq_length: int) -> NDArray[np.bool_]:
     """Return for each example whether something of it is learned in a row of `seq_length` tokens."""
-    found: NDArray[np.bool_] = _first_learned(arrays) <= seq_length
-    return found
+    return responses_within(_first_learned(arrays), seq_length)
 
 
 def _first_learned(arrays: TokenArrays) -> NDArray[np.int64]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mixtral_run.results.report_page import ExampleText
-from mixtral_run.train.data.check.check import rendered_tokens
+from mixtral_run.train.data.check.rendering import rendered_tokens
 from mixtral_run.train.data.packing import PackedSamples
 from mixtral_run.train.data.preferences import PreferenceSamples
 from mixtral_run.train.data.samples import AnySource, Samples

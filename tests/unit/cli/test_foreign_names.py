@@ -150,8 +150,8 @@ def test_data_check_takes_the_flag_of_finetune(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "b"}\n')
     shown = CliRunner().invoke(root, ["data", "check", "--data-path", str(tmp_path / "a.jsonl")])
     assert (shown.exit_code, "1 example" in shown.output) == (0, True), shown.output
-    found = problems("data", "check", str(tmp_path / "a.jsonl"), "--valid-fraction", "0.2")
-    assert found == ("--valid-fraction: there is no such flag",)
+    found = problems("data", "check", str(tmp_path / "a.jsonl"), "--eval-interval", "2")
+    assert found == ("--eval-interval: there is no such flag",)
 
 
 def test_a_flag_of_another_verb_is_answered_with_this_verbs_own() -> None:

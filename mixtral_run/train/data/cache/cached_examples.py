@@ -168,8 +168,7 @@ class ExampleCaches:
                 for chunk in tokenized(_numbered(stream), self._encoding, progress.advance):
                     writer.add(chunk.encoded, chunk.digests, chunk.places)
                     for source, place, problem in chunk.problems:
-                        stream.problems.add(place, [problem])
-                        stream.counts_by_source[source] -= 1
+                        stream.refuse(source, place, problem)
             stream.raise_problems()
             progress.finish()
             for file in files:
@@ -197,11 +196,10 @@ def _numbered(stream: ExampleStream) -> Iterator[Numbered]:
 
     Once one is bad and is not left out, the others are only read: the run will not start.
     """
-    for example in stream.examples():
+    for source, example in stream.numbered():
         if stream.problems.num_examples and not stream.options.skip_bad_examples:
             continue
-        # Sources follow each other, so that the last one with an example is the example's.
-        yield max(number for number, count in enumerate(stream.counts_by_source) if count), example
+        yield source, example
 
 
 def _about(files: Sequence[_Hashed]) -> int | None:

@@ -7,15 +7,17 @@ import itertools
 import json
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from mixtral_run.config.data import CheckConfig
 from mixtral_run.errors import ConfigError, MixtralRunError
-from mixtral_run.train.data.check.length_advice import Advice, LengthRow, advise, histogram
+from mixtral_run.train.data.check.check_encoding import CheckEncoding
+from mixtral_run.train.data.check.length_count import LengthCount, Lengths
+from mixtral_run.train.data.check.rendering import Rendered, rendered_example, rendered_messages
+from mixtral_run.train.data.mixture import check_mixture, describe_mixture
 from mixtral_run.train.data.reading.example import Example
 from mixtral_run.train.data.reading.examples import (
     NUM_PROBLEMS_SHOWN,
@@ -24,60 +26,52 @@ from mixtral_run.train.data.reading.examples import (
     counted,
     read_examples,
 )
+from mixtral_run.train.data.split import split_by_digest
 from mixtral_run.train.data.templates.encoded import EncodedExample
+from mixtral_run.train.data.templates.encoding import content_digest as digest_of_split
 
 NUM_RENDERED = 3
-Encode = Callable[[Example], EncodedExample]
+MOST_PROBLEMS = 1000
+"""Lines about problems that --json lists. The screen has fewer."""
+WITHOUT_TOKENS = (
+    "Without --load no tokens are counted: chat template, lengths and vocabulary are not checked, for which a run may "
+    "refuse examples."
+)
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A piece of a rendered example. learned: its tokens count in the loss."""
-
-    text: str
-    learned: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Rendered:
-    """One example as it is trained on."""
-
-    place: str
-    parts: tuple[Part, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Lengths:
-    """Tokens of the examples.
+@dataclass(slots=True)
+class Spelled:
+    """Examples whose texts spell a control token or a marker of the template.
 
     Attributes:
-        num_tokens: of all examples.
-        num_learned: tokens that count in the loss, whatever the length of a sample.
-        num_truncated: examples longer than a sample.
-        num_unlearned: examples of which nothing that is learned is within a sample.
-        shortest, median, longest: of an example, in tokens.
-        rows: the histogram.
-        advice: the lengths that can be chosen.
+        token: its text.
+        encoded_as: how those texts are encoded (templates/spelled_tokens.py).
+        num_examples: that have it.
+        places: the first of them.
     """
 
-    num_tokens: int
-    num_learned: int
-    num_truncated: int
-    num_unlearned: int
-    shortest: int
-    median: int
-    longest: int
-    rows: tuple[LengthRow, ...]
-    advice: Advice
+    token: str
+    encoded_as: str
+    num_examples: int = 0
+    places: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class CheckResult:
-    """What was found. lengths: None without a tokenizer."""
+    """What was found.
+
+    Attributes:
+        num_bad: examples that the run would refuse, for whatever reason.
+        problems: the first MOST_PROBLEMS lines about them, of num_problems.
+        num_too_long: those of the examples that are refused for their length alone.
+        lengths: None without a tokenizer.
+        errors: the run would refuse the data as a whole.
+    """
 
     sources: tuple[str, ...]
     seq_length: int
     method: str | None = None
+    pack: bool = False
     num_examples: int = 0
     counts_by_shape: dict[str, int] = field(default_factory=dict)
     unused_keys: dict[str, int] = field(default_factory=dict)
@@ -87,40 +81,40 @@ class CheckResult:
     duplicates: list[str] = field(default_factory=list)
     num_bad: int = 0
     problems: list[str] = field(default_factory=list)
+    num_problems: int = 0
+    num_too_long: int = 0
+    spelled: list[Spelled] = field(default_factory=list)
     lengths: Lengths | None = None
     rendered: list[Rendered] = field(default_factory=list)
+    errors: list[MixtralRunError] = field(default_factory=list)
 
     def to_mapping(self) -> dict[str, Any]:
         """Return the result as JSON values."""
-        from dataclasses import asdict
-
-        return {"ok": not self.num_bad, **asdict(self)}
+        values = asdict(replace(self, errors=[]))
+        del values["errors"]
+        return {"ok": not self.num_bad and not self.errors, **values}
 
 
 def check_data(
-    config: CheckConfig,
-    encode: Encode | None,
-    decode: Callable[[list[int]], str] | None,
-    advance: Callable[[int], None] = lambda _: None,
+    config: CheckConfig, encoding: CheckEncoding | None, advance: Callable[[int], None] = lambda _: None
 ) -> CheckResult:
     """Read all data and return what was found. Problems of examples are in the result.
 
     Args:
         config: the sources; standard input is already copied to a file.
-        encode: gives the tokens of an example; None counts none.
-        decode: gives the text of tokens; None with `encode`.
+        encoding: gives the tokens of an example; None counts none, and cannot find examples that are too long.
         advance: called with 1 after each example.
 
     Raises:
         ConfigError: a file cannot be read, or there is no example at all.
     """
-    stream = read_examples(config.data_path, ReadOptions.of(config), "data_path")
-    result = CheckResult(tuple(source.name for source in stream.sources), config.seq_length, config.method)
-    lengths = _LengthCount(config.seq_length)
+    stream = read_examples(config.data_path, ReadOptions.of(config), "data_path", num_kept=MOST_PROBLEMS)
+    result = CheckResult(tuple(source.name for source in stream.sources), config.seq_length, config.method, config.pack)
+    lengths = LengthCount(config)
     seen: set[bytes] = set()
-    shown = _Shown()
-    num_refused = 0
-    for example in stream.examples():
+    shown, spelled = _Shown(), _SpelledCount()
+    digests = array("Q")
+    for source, example in stream.numbered():
         advance(1)
         digest = content_digest(example)
         is_new = digest not in seen
@@ -129,23 +123,59 @@ def check_data(
             result.duplicates += [example.place] if len(result.duplicates) < NUM_PROBLEMS_SHOWN else []
         seen.add(digest)
         answers = example.named_answers()
-        encoded = _encoded(encode, answers, stream)
-        num_refused += encode is not None and encoded is None
-        for each in encoded or ():
-            lengths.add(each)
-        if is_new and (encode is None or encoded is not None):
+        encoded = None
+        if encoding is not None:
+            encoded = _encoded(encoding, answers, stream, source)
+            if encoded is None:
+                continue
+            spelled.add(example.place, encoding, answers, encoded)
+            if problem := lengths.add(example, encoded):
+                stream.refuse(source, example.place, problem)
+                result.num_too_long += 1
+        if config.valid_fraction:
+            digests.append(digest_of_split(example))
+        if is_new:
             shown.offer(answers, encoded)
     _take_over(stream, result)
-    result.num_examples -= num_refused
     result.rendered = [
-        _rendered(example, encoded[number] if encoded is not None else None, decode)
+        _rendered(each, encoded[number] if encoded is not None else None, encoding)
         for answers, encoded in shown.chosen()
-        for number, example in enumerate(answers)
+        for number, each in enumerate(answers)
     ]
     if not result.num_examples and not result.num_bad:
         stream.raise_problems()
-    result.lengths = lengths.result() if encode is not None and len(lengths.lengths) else None
+    result.spelled = spelled.result()
+    result.lengths = lengths.result() if len(lengths.lengths) else None
+    if encoding is None:
+        result.remarks.append(WITHOUT_TOKENS)
+    if not result.num_bad:
+        _check_run(config, stream, digests, result)
+    if encoding is not None and result.lengths is not None:
+        try:
+            encoding.check_ids(lengths.highest_id, stream.where)
+        except MixtralRunError as error:
+            result.errors.append(error)
     return result
+
+
+def _check_run(config: CheckConfig, stream: ExampleStream, digests: array[int], result: CheckResult) -> None:
+    """Check what the run makes of all examples together: validation split, and shares of the sources."""
+    names, weights = [source.name for source in stream.sources], [source.weight for source in stream.sources]
+    counts = list(stream.counts_by_source)
+    try:
+        if config.valid_fraction:
+            fraction = config.valid_fraction
+            training, validation = split_by_digest(np.frombuffer(digests, np.uint64), fraction, stream.where)
+            counts = np.diff(np.searchsorted(training, np.cumsum([0, *counts]))).tolist()
+            result.remarks.append(
+                f"--valid-fraction {fraction:g}: {len(training):,} of the examples for training, {len(validation):,} "
+                "for validation."
+            )
+        check_mixture(counts, weights)
+        described = describe_mixture(names, counts, weights)
+        result.remarks += [described + "."] if described else []
+    except ConfigError as error:
+        result.errors.append(error)
 
 
 def content_digest(example: Example) -> bytes:
@@ -158,15 +188,24 @@ def content_digest(example: Example) -> bytes:
     return hashlib.blake2b(content.encode(), digest_size=8).digest()
 
 
-def _encoded(encode: Encode | None, answers: Sequence[Example], stream: ExampleStream) -> list[EncodedExample] | None:
+def _encoded(
+    encoding: CheckEncoding, answers: Sequence[Example], stream: ExampleStream, source: int
+) -> list[EncodedExample] | None:
     """Return the tokens of an example's answers, or None and note a problem if the chat template does not take it."""
-    if encode is None:
-        return None
-    try:
-        return [encode(each) for each in answers]
-    except MixtralRunError as error:
-        stream.problems.add(answers[0].place, [getattr(error, "problem", None) or error.what])
-        return None
+    found = []
+    for answer in answers:
+        try:
+            found.append(encoding.encode(answer))
+        except ConfigError as error:
+            stream.refuse(source, answer.place, getattr(error, "problem", None) or error.what)
+            return None
+    return found
+
+
+def _rendered(example: Example, encoded: EncodedExample | None, encoding: CheckEncoding | None) -> Rendered:
+    if encoded is None or encoding is None:
+        return rendered_messages(example)
+    return rendered_example(example.place, encoded, encoding.decode, encoding.control_ids)
 
 
 def _take_over(stream: ExampleStream, result: CheckResult) -> None:
@@ -175,7 +214,8 @@ def _take_over(stream: ExampleStream, result: CheckResult) -> None:
     result.unused_keys = dict(stream.unused_keys.most_common())
     result.num_trimmed = stream.num_trimmed
     result.remarks = stream.remarks()
-    result.num_bad, result.problems = stream.problems.num_examples, stream.problems.lines()
+    result.num_bad = stream.problems.num_examples
+    result.problems, result.num_problems = list(stream.problems.first), stream.problems.num_lines
 
 
 class _Shown:
@@ -196,89 +236,38 @@ class _Shown:
         return [each for one in rounds for each in one if each is not None][:NUM_RENDERED]
 
 
-class _LengthCount:
-    """Lengths of the examples as they come: twelve bytes each."""
+class _SpelledCount:
+    """Counts the examples whose texts spell a control token."""
 
-    def __init__(self, seq_length: int) -> None:
-        self._seq_length = seq_length
-        self.lengths, self._learned, self._starts = array("i"), array("i"), array("i")
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, str], Spelled] = {}
 
-    def add(self, encoded: EncodedExample) -> None:
-        self.lengths.append(len(encoded.tokens))
-        self._learned.append(sum(end - begin for begin, end in encoded.learned))
-        self._starts.append(encoded.learned[0][0] if encoded.learned else len(encoded.tokens))
+    def add(
+        self, place: str, encoding: CheckEncoding, answers: Sequence[Example], encoded: Sequence[EncodedExample]
+    ) -> None:
+        names: dict[str, str] = {}
+        for answer, tokens in zip(answers, encoded, strict=True):
+            names |= encoding.spelled(answer, tokens)
+        for key in names.items():
+            found = self._found.setdefault(key, Spelled(*key))
+            found.num_examples += 1
+            found.places += [place] if len(found.places) < NUM_PROBLEMS_SHOWN else []
 
-    def result(self) -> Lengths:
-        lengths = np.frombuffer(self.lengths, np.int32)
-        starts = np.frombuffer(self._starts, np.int32)
-        # n tokens give n - 1 positions with a label.
-        fits = self._seq_length + 1
-        return Lengths(
-            num_tokens=int(lengths.sum(dtype=np.int64)),
-            num_learned=int(np.frombuffer(self._learned, np.int32).sum(dtype=np.int64)),
-            num_truncated=int((lengths > fits).sum()),
-            num_unlearned=int((starts >= fits).sum()),
-            shortest=int(lengths.min()),
-            median=int(np.median(lengths)),
-            longest=int(lengths.max()),
-            rows=histogram(lengths),
-            advice=advise(lengths, starts, self._seq_length),
-        )
-
-
-def _rendered(example: Example, encoded: EncodedExample | None, decode: Callable[[list[int]], str] | None) -> Rendered:
-    """Return an example as text, with the parts that are learned; without tokens by its messages."""
-    if encoded is None or decode is None:
-        if example.text is not None:
-            return Rendered(example.place, (Part(example.text, True),))
-        parts = []
-        for message in example.messages:
-            calls = f" {json.dumps(list(message.tool_calls), default=str)}" if message.tool_calls else ""
-            learned = message.role == "assistant" and message.learned
-            parts += [Part(f"{message.role}: ", False), Part(message.content + calls, learned), Part("\n", False)]
-        return Rendered(example.place, tuple(parts[:-1]))
-    return rendered_tokens(example.place, encoded.tokens.tolist(), encoded.learned, decode)
-
-
-def rendered_tokens(
-    place: str, tokens: list[int], learned: Sequence[tuple[int, int]], decode: Callable[[list[int]], str]
-) -> Rendered:
-    """Return the text of tokens, with the parts that are learned. learned: begin and end of each span."""
-    borders = [0, *(border for span in learned for border in span), len(tokens)]
-    # Text up to a border, less the text up to the one before: decoders drop the space before a first word.
-    texts = [decode(tokens[:border]) for border in borders]
-    cuts = list(zip(texts, texts[1:], borders, borders[1:], strict=False))
-    parts = [
-        Part(after[len(before) :] if after.startswith(before) else decode(tokens[begin:end]), number % 2 == 1)
-        for number, (before, after, begin, end) in enumerate(cuts)
-        if begin < end
-    ]
-    return Rendered(place, tuple(parts))
-
-
-def load_encoder(folder: Path, chat_template: str) -> tuple[Encode, Callable[[list[int]], str]]:
-    """Return the functions that encode an example and decode tokens.
-
-    Args:
-        folder: of the tokenizer.
-        chat_template: of --chat-template.
-    """
-    from mixtral_run.train.data.templates.open_template import open_chat_template
-    from mixtral_run.train.data.templates.prompt import load_tokenizer
-
-    tokenizer = load_tokenizer(folder)
-
-    def decode(tokens: list[int]) -> str:
-        return str(tokenizer.decode(tokens, skip_special_tokens=False))
-
-    return open_chat_template(chat_template, tokenizer).encode, decode
+    def result(self) -> list[Spelled]:
+        return sorted(self._found.values(), key=lambda each: (-each.num_examples, each.token))
 
 
 def problem_error(result: CheckResult) -> ConfigError:
     """Return the error for data with bad examples. Their problems are in the result, which is printed before it."""
+    verb = "finetune" if result.method is None else "align"
+    helps = ["correct them"] if result.num_too_long < result.num_bad else []
+    if result.num_too_long and result.lengths is not None:
+        helps.append(f"--seq-length {result.lengths.longest_row} or more for those that are too long")
+    if result.num_examples:
+        # If nothing else is left, there is nothing to train on.
+        helps.append(f"mixtral-run {verb} … --skip-bad-examples, which leaves them out")
     return ConfigError(
         f"{counted(result.num_bad, 'example')} cannot be used.",
         where=" ".join(result.sources),
-        next_command=f"correct them, or mixtral-run {'finetune' if result.method is None else 'align'} … "
-        "--skip-bad-examples, which leaves them out",
+        next_command=", or ".join(helps),
     )

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import TextIO
 
-from mixtral_run.train.data.check.check import CheckResult, Lengths, Part, Rendered
-from mixtral_run.train.data.reading.examples import counted
+from mixtral_run.train.data.check.check import CheckResult, Spelled
+from mixtral_run.train.data.check.length_count import Lengths
+from mixtral_run.train.data.check.rendering import Part, Rendered
+from mixtral_run.train.data.reading.examples import NUM_PROBLEMS_SHOWN, counted
+from mixtral_run.train.data.templates.spelled_tokens import AS_MARKER, AS_TEXT, AS_TOKEN
 
 _GREEN, _PLAIN = "\x1b[32m", "\x1b[0m"
+_INVERSE = "\x1b[7m"
 _BEGIN, _END = "⟦", "⟧"
+_TOKEN_BEGIN, _TOKEN_END = "‹", "›"
 _BAR_WIDTH = 40
 _MOST_CHARACTERS = 1500
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -39,9 +45,14 @@ def _lines(result: CheckResult, color: bool) -> Iterator[str]:
     places = f" ({printable('; '.join(result.duplicates))}{'; …' * (result.num_duplicates > len(result.duplicates))})"
     yield f"  exact duplicates: {result.num_duplicates:,}{places if result.num_duplicates else ''}"
     yield f"  examples that cannot be used: {result.num_bad:,}"
-    yield from (f"    - {printable(problem)}" for problem in result.problems)
+    shown = result.problems[:NUM_PROBLEMS_SHOWN]
+    yield from (f"    - {printable(problem)}" for problem in shown)
+    if (more := result.num_problems - len(shown)) > 0:
+        listed = f"the first {len(result.problems):,}" if len(result.problems) < result.num_problems else "all"
+        yield f"    and {more:,} more; --json lists {listed}"
     for remark in result.remarks:
         yield f"  ! {printable(remark)}"
+    yield from map(_spelled_line, result.spelled)
     if result.lengths is not None:
         yield from _length_lines(result.lengths, result)
     for rendered in result.rendered:
@@ -50,7 +61,24 @@ def _lines(result: CheckResult, color: bool) -> Iterator[str]:
     if result.rendered:
         yield ""
         marked = "green" if color else f"in {_BEGIN} {_END}"
-        yield f"What is {marked} counts in the loss; the rest is context."
+        controls = any(part.control for rendered in result.rendered for part in rendered.parts)
+        how = "inverted" if color else f"in {_TOKEN_BEGIN} {_TOKEN_END}"
+        tokens = f" What is {how} is a control token." if controls else ""
+        yield f"What is {marked} counts in the loss; the rest is context.{tokens}"
+
+
+def _spelled_line(found: Spelled) -> str:
+    """Return the line about texts that spell a control token or a marker."""
+    places = "; ".join(found.places) + "; …" * (found.num_examples > len(found.places))
+    has = "has a text that spells" if found.num_examples == 1 else "have texts that spell"
+    kind = "the template's marker" if found.encoded_as == AS_MARKER else "the control token"
+    how = {
+        AS_TEXT: "It is encoded as text there, letter by letter, never as the token.",
+        AS_MARKER: "The template writes it as text too, so that the model cannot tell the two apart.",
+        AS_TOKEN: "It becomes the token there: remove it from the text.",
+    }[found.encoded_as]
+    examples = counted(found.num_examples, "example")
+    return f"  ! {examples} {has} {kind} {printable(found.token)!r} ({printable(places)}). {how}"
 
 
 def _length_lines(lengths: Lengths, result: CheckResult) -> Iterator[str]:
@@ -68,8 +96,9 @@ def _length_lines(lengths: Lengths, result: CheckResult) -> Iterator[str]:
         refused = f"{counted(lengths.num_truncated, 'answer')} {'is' if lengths.num_truncated == 1 else 'are'} longer"
         yield f"  {refused} than --seq-length {result.seq_length:,}, which align refuses"
         # n tokens are n - 1 positions with a label.
-        needed = -(-max(lengths.longest - 1, 64) // 64) * 64
-        yield f"  next: mixtral-run align --method {result.method} --seq-length {needed} …"
+        needed = -(-max(lengths.longest_row, lengths.longest - 1, 64) // 64) * 64
+        pack = " --pack" if result.pack else ""
+        yield f"  next: mixtral-run align --method {result.method} --seq-length {needed}{pack} …"
         return
     yield (
         f"  --seq-length {result.seq_length:,} truncates {counted(lengths.num_truncated, 'example')}; "
@@ -88,22 +117,38 @@ def _length_lines(lengths: Lengths, result: CheckResult) -> Iterator[str]:
 
 def _rendered_lines(rendered: Rendered, color: bool) -> Iterator[str]:
     yield f"{printable(rendered.place)}:"
-    yield from "".join(_marked(part, color) for part in _shortened(rendered.parts)).split("\n")
+    yield from _marked_parts(_shortened(rendered.parts), color).split("\n")
 
 
 def _marked(part: Part, color: bool) -> str:
     text = printable(part.text)
-    if not part.learned:
-        return text
-    return f"{_GREEN}{text}{_PLAIN}" if color else f"{_BEGIN}{text}{_END}"
+    if part.control and not color:
+        return f"{_TOKEN_BEGIN}{text}{_TOKEN_END}"
+    look = color * (_GREEN * part.learned + _INVERSE * part.control)
+    return f"{look}{text}{_PLAIN}" if look else text
+
+
+def _marked_parts(parts: Iterable[Part], color: bool) -> str:
+    """Return the text of parts. Without color, brackets enclose what counts in the loss with its control tokens."""
+    found: list[str] = []
+    before: Part | None = None
+    for part in parts:
+        continues = before is not None and before.learned and (before.control or part.control)
+        text = _marked(part, color)
+        if part.learned and not color and continues:
+            found[-1] = found[-1].removesuffix(_END) + text + _END
+        else:
+            found.append(f"{_BEGIN}{text}{_END}" if part.learned and not color else text)
+        before = part
+    return "".join(found)
 
 
 def _shortened(parts: tuple[Part, ...]) -> Iterator[Part]:
     """Yield the parts with the middle of long ones left out."""
-    longest = max(_MOST_CHARACTERS // max(len(parts), 1), 40)
+    longest = max(_MOST_CHARACTERS // max(sum(not part.control for part in parts), 1), 40)
     for part in parts:
         text = part.text
         if len(text) > longest:
             half = longest // 2
             text = f"{text[:half]} … {len(text) - 2 * half:,} characters … {text[-half:]}"
-        yield Part(text, part.learned)
+        yield replace(part, text=text)

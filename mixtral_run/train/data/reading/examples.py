@@ -54,9 +54,13 @@ class ReadOptions:
 
 
 class Problems:
-    """The first ten problems, and the number of bad examples. More are not kept, so that memory stays bounded."""
+    """The first problems, and the number of bad examples. More are not kept, so that memory stays bounded.
 
-    def __init__(self) -> None:
+    num_kept: how many lines are kept.
+    """
+
+    def __init__(self, num_kept: int = NUM_PROBLEMS_SHOWN) -> None:
+        self._num_kept = num_kept
         self.first: list[str] = []
         self.num_lines = 0
         self.num_examples = 0
@@ -64,13 +68,14 @@ class Problems:
     def add(self, place: str, lines: Sequence[str]) -> None:
         self.num_examples += 1
         self.num_lines += len(lines)
-        free = NUM_PROBLEMS_SHOWN - len(self.first)
+        free = self._num_kept - len(self.first)
         self.first += [f"{place}: {line}" for line in lines[:free]]
 
     def lines(self) -> list[str]:
-        """Return the first problems and, if there are more, their number."""
-        more = self.num_lines - len(self.first)
-        return [*self.first, f"and {more:,} more"] if more else list(self.first)
+        """Return the first ten problems and, if there are more, their number."""
+        shown = self.first[:NUM_PROBLEMS_SHOWN]
+        more = self.num_lines - len(shown)
+        return [*shown, f"and {more:,} more"] if more else shown
 
 
 class ExampleStream:
@@ -88,14 +93,21 @@ class ExampleStream:
         empty: names of files without a record.
     """
 
-    def __init__(self, sources: Sequence[DataSource], options: ReadOptions, setting: str) -> None:
+    def __init__(
+        self,
+        sources: Sequence[DataSource],
+        options: ReadOptions,
+        setting: str,
+        num_kept: int = NUM_PROBLEMS_SHOWN,
+    ) -> None:
+        self._num_kept = num_kept
         self.sources = tuple(sources)
         self.options = options
         self._setting = setting
         self._reset()
 
     def _reset(self) -> None:
-        self.problems = Problems()
+        self.problems = Problems(self._num_kept)
         self.unused_keys: Counter[str] = Counter()
         self.counts_by_shape: Counter[str] = Counter()
         self.counts_by_source = [0] * len(self.sources)
@@ -148,6 +160,17 @@ class ExampleStream:
                 errors.append(self._error())
             raise joined(errors)
 
+    def numbered(self) -> Iterator[tuple[int, Example]]:
+        """Yield `examples`, each with the number of its source."""
+        for example in self.examples():
+            # Sources follow each other, so that the last one with an example is the example's.
+            yield max(number for number, count in enumerate(self.counts_by_source) if count), example
+
+    def refuse(self, source: int, place: str, problem: str) -> None:
+        """Take back an example that was yielded, and add its problem. source: its number."""
+        self.problems.add(place, [problem])
+        self.counts_by_source[source] -= 1
+
     def check(self) -> None:
         """Read everything. Raises ConfigError with all problems."""
         for _ in self:
@@ -196,8 +219,9 @@ class ExampleStream:
                 "the assistant: what follows its last answer is left out."
             )
         if self.problems.num_examples and self.options.skip_bad_examples:
-            places = "; ".join(self.problems.first)
-            more = self.problems.num_lines - len(self.problems.first)
+            first = self.problems.first[:NUM_PROBLEMS_SHOWN]
+            places = "; ".join(first)
+            more = self.problems.num_lines - len(first)
             found.append(
                 f"{counted(self.problems.num_examples, 'example')} left out, as not usable: {places}"
                 f"{f'; and {more:,} more' if more else ''}."
@@ -266,10 +290,17 @@ class ExampleStream:
 
 
 def read_examples(
-    sources: Iterable[str], options: ReadOptions | None = None, setting: str = "data_path"
+    sources: Iterable[str],
+    options: ReadOptions | None = None,
+    setting: str = "data_path",
+    *,
+    num_kept: int = NUM_PROBLEMS_SHOWN,
 ) -> ExampleStream:
-    """Return the examples of sources, as `--data-path` names them. setting: the setting, for errors."""
-    return ExampleStream([parse_source(text) for text in sources], options or ReadOptions(), setting)
+    """Return the examples of sources, as `--data-path` names them.
+
+    setting: the setting, for errors. num_kept: problems that are kept.
+    """
+    return ExampleStream([parse_source(text) for text in sources], options or ReadOptions(), setting, num_kept)
 
 
 def counted(number: int, noun: str) -> str:

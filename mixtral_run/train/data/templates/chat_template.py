@@ -38,6 +38,20 @@ class ChatTemplate(ABC):
         """Return the template's name: MIXTRAL, "tokenizer" for a tokenizer's own, or the name of a file."""
         return self.record.name
 
+    @property
+    def control(self) -> Mapping[str, int]:
+        """Return the control tokens and their ids."""
+        return self._encoder.control
+
+    @property
+    def control_ids(self) -> frozenset[int]:
+        return frozenset(self.control.values())
+
+    @property
+    def text_markers(self) -> tuple[str, ...]:
+        """Return the marks of turns that the template writes as plain text, as texts of the data can, too."""
+        return ()
+
     @abstractmethod
     def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """Return the ids after which the assistant's next answer begins. Raises ExampleProblem."""

@@ -9,8 +9,9 @@ not what training shows, and the example is refused.
 from __future__ import annotations
 
 import json
+import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -19,10 +20,12 @@ from mixtral_run.train.data.reading.example import ASSISTANT, SYSTEM, Example, M
 from mixtral_run.train.data.reading.example_problem import ExampleProblem
 from mixtral_run.train.data.templates.chat_template import ChatTemplate
 from mixtral_run.train.data.templates.template_sandbox import Rendered, SandboxedTemplate, TemplateFailed
-from mixtral_run.train.data.templates.text_encoder import TextEncoder, texts_of
+from mixtral_run.train.data.templates.text_encoder import TextEncoder, mapped, texts_of
 from mixtral_run.weights.manifest.template_record import TemplateRecord
 
 Span = tuple[int, int]
+_MARKER = re.compile(r"<\|\w+\|>|\[/?[A-Z_]+\]|<</?SYS>>")
+"""Marks of turns that templates write: ChatML's, Mistral's and Llama 2's."""
 
 
 class JinjaTemplate(ChatTemplate):
@@ -58,6 +61,11 @@ class JinjaTemplate(ChatTemplate):
     def describe(self) -> str:
         how = "its generation blocks" if self._template.has_generation else "what it adds for each answer"
         return f"{self.record.describe()}; learned is {how}"
+
+    @property
+    def text_markers(self) -> tuple[str, ...]:
+        written = set(_MARKER.findall((self.record.text or "") + (self.record.tools_text or "")))
+        return tuple(sorted(written - set(self.control)))
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         conversation = self._conversation(messages, tools)
@@ -130,7 +138,7 @@ class _Conversation:
         self._plain = self._values, self._tools
         self.hidden = any(map(encoder.has_control, texts_of([self._values, self._tools])))
         if self.hidden:
-            self._values, self._tools = _mapped(self._plain, encoder.hide)
+            self._values, self._tools = mapped(self._plain, encoder.hide)
 
     @contextmanager
     def bounded(self) -> Iterator[None]:
@@ -231,17 +239,6 @@ def _call(call: Mapping[str, Any]) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return dict(call)
     return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else dict(call)
-
-
-def _mapped(value: Any, change: Callable[[str], str]) -> Any:
-    """Return JSON values with `change` applied to their texts, except for roles and the keys of objects."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {key: each if key == "role" else _mapped(each, change) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_mapped(each, change) for each in value)
-    return value
 
 
 def _tokens_of(begin: int, end: int, places: list[Span]) -> Span:

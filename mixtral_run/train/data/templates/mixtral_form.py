@@ -53,6 +53,10 @@ class MixtralForm(ChatTemplate):
     def describe(self) -> str:
         return f"{self.record.describe()}, as tokenizer {'v3' if self.is_v3 else 'v1'} of mistral-common writes it"
 
+    @property
+    def text_markers(self) -> tuple[str, ...]:
+        return () if self.is_v3 else ("[INST]", "[/INST]")
+
     def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         return [self._bos_id, *(number for piece in self._pieces(messages, tools) for number in piece.ids)]
 

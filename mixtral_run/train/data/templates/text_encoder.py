@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -179,3 +179,14 @@ def texts_of(value: object) -> Iterable[str]:
     elif isinstance(value, (list, tuple)):
         for each in value:
             yield from texts_of(each)
+
+
+def mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """Return JSON values with `change` applied to their texts, except for roles and the keys of objects."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: each if key == "role" else mapped(each, change) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(mapped(each, change) for each in value)
+    return value

@@ -17,7 +17,8 @@ from click.testing import CliRunner
 from mixtral_run.cli.main import root
 from mixtral_run.config.data import CheckConfig
 from mixtral_run.errors import ConfigError
-from mixtral_run.train.data.check.check import CheckResult, check_data, load_encoder
+from mixtral_run.train.data.check.check import CheckResult, check_data
+from mixtral_run.train.data.check.check_encoding import load_encoding
 from mixtral_run.train.data.check.check_screen import check_lines, colored, printable
 from mixtral_run.train.data.check.length_advice import advise, histogram
 
@@ -67,11 +68,11 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def encoder(tiny_tokenizer_folder: Path) -> Any:
-    return load_encoder(tiny_tokenizer_folder, "mixtral")
+    return load_encoding(tiny_tokenizer_folder, "mixtral")
 
 
 def check(path: Path, encoder: Any, **more: Any) -> CheckResult:
-    return check_data(CheckConfig(data_path=(str(path),), **more).check(), *(encoder or (None, None)))
+    return check_data(CheckConfig(data_path=(str(path),), **more).check(), encoder)
 
 
 @pytest.mark.parametrize(("name", "content", "rendered"), CASES)
@@ -83,7 +84,8 @@ def test_each_case_reaches_the_rows_as_it_should(
     result = check(path, encoder)
     assert result.num_bad == 0
     screen = "\n".join(check_lines(result, color=False))
-    assert re.sub(r"(<s>) *", r"\1", rendered) in re.sub(r"(<s>|</s>) *", r"\1", screen), screen
+    marked = re.sub(r"</?s>", r"‹\g<0>›", rendered)
+    assert marked in re.sub(r"(‹</?s>›) *", r"\1", screen), screen
 
 
 def test_half_of_an_emoji_is_refused_with_its_place(tmp_path: Path) -> None:

@@ -9,10 +9,13 @@ import pytest
 
 from mixtral_run.config.data import CheckConfig
 from mixtral_run.errors import ConfigError
-from mixtral_run.train.data.check import check, length_advice, run_check
-from mixtral_run.train.data.check.check import CheckResult, Lengths, Part, Rendered, check_data, content_digest
+from mixtral_run.train.data.check import check, length_advice, rendering, run_check
+from mixtral_run.train.data.check.check import CheckResult, check_data, content_digest
+from mixtral_run.train.data.check.check_encoding import CheckEncoding
 from mixtral_run.train.data.check.check_screen import check_lines
 from mixtral_run.train.data.check.length_advice import Advice, LengthChoice, LengthRow, advise, histogram
+from mixtral_run.train.data.check.length_count import LengthCount, Lengths
+from mixtral_run.train.data.check.rendering import Part, Rendered
 from mixtral_run.train.data.reading.example import ASSISTANT, SYSTEM, USER, Example, Message
 from mixtral_run.train.data.templates.encoded import EncodedExample
 
@@ -118,12 +121,15 @@ def test_the_middle_of_long_parts_is_left_out() -> None:
     assert shown(whole + "z" * 600, *many)[0] == f"{whole[:20]} … 2,061 characters … {'z' * 20}"
 
 
+ANY = Example("line 1", text="a")
+
+
 def count(seq_length: int, *examples: tuple[int, int]) -> Lengths:
     """Figures of examples: tokens, and the first that is learned."""
-    counted = check._LengthCount(seq_length)
+    counted = LengthCount(CheckConfig(seq_length=seq_length))
     for tokens, start in examples:
         spans = ((start, tokens),) if start < tokens else ()
-        counted.add(EncodedExample(np.zeros(tokens, np.int32), spans))
+        counted.add(ANY, [EncodedExample(np.zeros(tokens, np.int32), spans)])
     return counted.result()
 
 
@@ -140,8 +146,8 @@ def test_what_fits_into_a_sample() -> None:
     assert (choice.seq_length, choice.num_truncated, choice.num_unlearned) == (9, 3, 2)
     # 36 positions have a label in four rows of 9: no padding, and four full rows.
     assert (choice.padding, choice.num_packed_rows) == (0.0, 4)
-    two_spans = check._LengthCount(8)
-    two_spans.add(EncodedExample(np.zeros(20, np.int32), ((3, 5), (9, 16))))
+    two_spans = LengthCount(CheckConfig(seq_length=8))
+    two_spans.add(ANY, [EncodedExample(np.zeros(20, np.int32), ((3, 5), (9, 16)))])
     assert (two_spans.result().num_learned, two_spans.result().num_unlearned) == (2 + 7, 0)
 
 
@@ -204,12 +210,19 @@ def test_duplicates_and_refused_examples_are_counted(tmp_path: Any) -> None:
             raise ConfigError("Refused.")
         return EncodedExample(np.arange(6, dtype=np.int32), ((2, 4),))
 
+    def decode(tokens: list[int]) -> str:
+        return "".join("abcdefgh"[each] for each in tokens)
+
     config = CheckConfig(data_path=(str(file),), seq_length=64).check()
-    found = check_data(config, encode, lambda tokens: "".join("abcdefgh"[each] for each in tokens), num_read.append)
+    found = check_data(config, CheckEncoding(encode, decode), num_read.append)
     assert num_read == [1] * 14
     assert (found.num_examples, found.num_duplicates, found.num_bad) == (12, 12, 3)
     assert found.duplicates == ["line 2", *(f"line {number}" for number in range(4, 13))]
-    assert found.rendered == [Rendered("line 3", (Part("ab", False), Part("cd", True), Part("ef", False)))]
+    assert found.rendered == [
+        Rendered(
+            "line 3", (Part("ab", False), Part("cd", True), Part("ef", False)), (0, 1, 2, 3, 4, 5), (0, 0, 1, 1, 0, 0)
+        )
+    ]
     assert found.to_mapping()["ok"] is False and CheckResult(("a",), 64).to_mapping()["ok"] is True
 
 
@@ -221,18 +234,19 @@ def test_data_without_an_example_are_an_error_unless_a_problem_says_why(tmp_path
     config = CheckConfig(data_path=(str(file),), seq_length=64).check()
     file.write_text("")
     with pytest.raises(ConfigError, match="contain no"):
-        check_data(config, None, None)
+        check_data(config, None)
     for text, encoder, bad in (("{\n{\n", None, 2), ('{"instruction": "a", "response": "b"}\n', encode, 1)):
         file.write_text(text)
-        found = check_data(config, encoder, None)
+        found = check_data(config, CheckEncoding(encoder, str) if encoder else None)
         assert (found.num_examples, found.num_bad, found.lengths, found.rendered) == (0, bad, None, [])
 
 
 def test_a_result_begins_with_nothing() -> None:
     assert CheckResult(("a",), 64).to_mapping() == {
-        "ok": True, "sources": ("a",), "seq_length": 64, "method": None, "num_examples": 0, "counts_by_shape": {},
-        "unused_keys": {}, "remarks": [], "num_trimmed": 0, "num_duplicates": 0, "duplicates": [], "num_bad": 0,
-        "problems": [], "lengths": None, "rendered": [],
+        "ok": True, "sources": ("a",), "seq_length": 64, "method": None, "pack": False, "num_examples": 0,
+        "counts_by_shape": {}, "unused_keys": {}, "remarks": [],
+        "num_trimmed": 0, "num_duplicates": 0, "duplicates": [], "num_bad": 0,
+        "problems": [], "num_problems": 0, "num_too_long": 0, "spelled": [], "lengths": None, "rendered": [],
     }  # fmt: skip
 
 
@@ -242,23 +256,25 @@ def test_messages_without_tokens_are_shown_by_role() -> None:
         "line 1",
         (Message(USER, "a"), Message(ASSISTANT, "b", tool_calls=calls), Message(ASSISTANT, "c", learned=False)),
     )
-    assert check._rendered(given, None, None).parts == (
+    assert rendering.rendered_messages(given).parts == (
         Part("user: ", False), Part("a", False), Part("\n", False), Part("assistant: ", False),
         Part('b [{"name": "f"}]', True), Part("\n", False), Part("assistant: ", False), Part("c", False),
     )  # fmt: skip
-    assert check._rendered(Example("line 2", (), text="a b"), None, None).parts == (Part("a b", True),)
+    assert rendering.rendered_messages(Example("line 2", (), text="a b")).parts == (Part("a b", True),)
 
 
 def test_a_decoder_that_changes_the_text_before_gets_the_part_alone() -> None:
     texts = {(): "", (1,): "x", (1, 2): "xy", (1, 2, 3): "other", (3,): "z"}
-    found = check.rendered_tokens("p", [1, 2, 3], [(1, 2)], lambda tokens: texts[tuple(tokens)])
+    found = rendering.rendered_tokens("p", [1, 2, 3], [(1, 2)], lambda tokens: texts[tuple(tokens)])
     assert found.parts == (Part("x", False), Part("y", True), Part("z", False))
     joined = "".join
-    several = check.rendered_tokens("p", [*"abcdef"], [(0, 1), (2, 3), (3, 5)], joined)  # type: ignore[arg-type]
+    several = rendering.rendered_tokens("p", [*"abcdef"], [(0, 1), (2, 3), (3, 5)], joined)  # type: ignore[arg-type]
     assert [(part.text, part.learned) for part in several.parts] == [
         ("a", True), ("b", False), ("c", True), ("de", True), ("f", False),
     ]  # fmt: skip
-    assert check.rendered_tokens("p", [1], [(0, 1)], lambda tokens: texts[tuple(tokens)]).parts == (Part("x", True),)
+    assert rendering.rendered_tokens("p", [1], [(0, 1)], lambda tokens: texts[tuple(tokens)]).parts == (
+        Part("x", True),
+    )
 
 
 def test_good_data_end_without_an_error(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -266,6 +282,7 @@ def test_good_data_end_without_an_error(tmp_path: Any, capsys: pytest.CaptureFix
     file.write_text('{"instruction": "a", "response": "b"}\n')
     run_check.run_check(CheckConfig(data_path=(str(file),)).check())
     assert capsys.readouterr().out.startswith(f"{file}: 1 example\n")
-    error = check.problem_error(CheckResult(("a", "b"), 64, num_bad=2, method="dpo"))
+    error = check.problem_error(CheckResult(("a", "b"), 64, num_examples=1, num_bad=2, method="dpo"))
     assert (error.what, error.where) == ("2 examples cannot be used.", "a b") and "run align …" in str(error)
-    assert "run finetune …" in str(check.problem_error(CheckResult(("a",), 64, num_bad=1)))
+    assert "run finetune …" in str(check.problem_error(CheckResult(("a",), 64, num_examples=1, num_bad=1)))
+    assert check.problem_error(CheckResult(("a",), 64, num_bad=1)).next_command == "correct them"

@@ -18,6 +18,7 @@ from mixtral_run.errors import ConfigError
 from mixtral_run.train.data.cache import content_hash
 from mixtral_run.train.data.cache.content_hash import file_sha256, refuse_changed
 from mixtral_run.train.data.check.check import check_data
+from mixtral_run.train.data.check.check_encoding import CheckEncoding
 from mixtral_run.train.data.reading.data_files import DataFile, files_of
 from mixtral_run.train.data.reading.example import ASSISTANT, USER, Example, Message
 from mixtral_run.train.data.reading.example_problem import ExampleProblem
@@ -185,7 +186,7 @@ def test_data_check_counts_what_the_template_refuses_as_not_usable(tmp_path: Pat
     def refuses(example: Example) -> Any:
         raise ExampleProblem("odd", example.place)
 
-    result = check_data(CheckConfig(data_path=(str(path),)), refuses, lambda _: "")
+    result = check_data(CheckConfig(data_path=(str(path),)), CheckEncoding(refuses, lambda _: ""))
     assert (result.num_examples, result.num_bad) == (0, 3)
 
 

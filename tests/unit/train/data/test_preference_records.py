@@ -11,7 +11,8 @@ import pytest
 
 from mixtral_run.config.data import CheckConfig
 from mixtral_run.errors import ConfigError
-from mixtral_run.train.data.check.check import check_data, load_encoder
+from mixtral_run.train.data.check.check import check_data
+from mixtral_run.train.data.check.check_encoding import load_encoding
 from mixtral_run.train.data.check.check_screen import check_lines
 from mixtral_run.train.data.reading.example import ASSISTANT, SYSTEM, USER, Message
 from mixtral_run.train.data.reading.examples import ReadOptions, read_examples
@@ -164,12 +165,12 @@ def test_a_check_shows_both_answers_and_what_is_too_long(tmp_path: Path, tiny_to
     ]
     file.write_text("".join(json.dumps(each) + "\n" for each in records))
     config = CheckConfig(data_path=(str(file),), method="dpo", seq_length=64)
-    result = check_data(config, *load_encoder(tiny_tokenizer_folder, "mixtral"))
-    assert (result.num_examples, result.num_duplicates, result.num_bad) == (4, 1, 1)
-    assert result.counts_by_shape == {"pairs": 4} and result.problems[0].startswith("line 5: expected the keys")
+    result = check_data(config, load_encoding(tiny_tokenizer_folder, "mixtral"))
+    assert (result.num_examples, result.num_duplicates, result.num_bad, result.num_too_long) == (3, 1, 2, 1)
+    assert result.counts_by_shape == {"pairs": 4} and result.problems[1].startswith("line 5: expected the keys")
     shown = "\n".join(check_lines(result, color=False))
-    assert "line 1, chosen:\n<s>[INST] Q? [/INST]⟦ yes</s>⟧" in shown
-    assert "line 1, rejected:\n<s>[INST] Q? [/INST]⟦ no</s>⟧" in shown
+    assert "line 1, chosen:\n‹<s>›[INST] Q? [/INST]⟦ yes‹</s>›⟧" in shown
+    assert "line 1, rejected:\n‹<s>›[INST] Q? [/INST]⟦ no‹</s>›⟧" in shown
     assert "1 answer is longer than --seq-length 64, which align refuses" in shown
     advised = re.search(r"next: mixtral-run align --method dpo --seq-length (\d+)", shown)
     assert advised is not None and result.lengths is not None

@@ -16,7 +16,7 @@ from mixtral_run.model.architecture import MIXTRAL_8X7B
 from mixtral_run.terminal.report import Report
 from mixtral_run.train.data import sources
 from mixtral_run.train.data.cache import cached_examples
-from mixtral_run.train.data.mixture import _check_size, describe_mixture, mixed_indices
+from mixtral_run.train.data.mixture import check_mixture, describe_mixture, mixed_indices
 from mixtral_run.train.data.samples import MockSamples
 from mixtral_run.train.data.sources import TrainingData, check_same, open_data
 from mixtral_run.weights.manifest.describe import BaseDescription
@@ -209,9 +209,9 @@ def test_shares_in_numbers() -> None:
     assert found is not None and found.tolist() == [0, 1, 2, *[3, 4] * 6]
     assert describe_mixture(["a"], [3], [None]) is None
     # 1 sample of the first source for each 199,999,999 of the second: the largest epoch.
-    _check_size([1, 1], [1.0, 199_999_999.0])
+    check_mixture([1, 1], [1.0, 199_999_999.0])
     with pytest.raises(ConfigError, match="too far apart") as caught:
-        _check_size([1, 1], [1.0, 200_000_000.0])
+        check_mixture([1, 1], [1.0, 200_000_000.0])
     assert (caught.value.expected, caught.value.found) == (
         "an epoch of at most 200,000,000 samples", "200,000,001 samples from 2 examples",
     )  # fmt: skip

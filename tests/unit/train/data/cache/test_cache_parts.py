@@ -22,6 +22,7 @@ from mixtral_run.train.data.cache.cached_examples import CachedExamples, Example
 from mixtral_run.train.data.cache.token_cache import DamagedCacheError, open_cache
 from mixtral_run.train.data.cache.tokenize import TokenizingProgress, tokenized
 from mixtral_run.train.data.reading.example import Example
+from mixtral_run.train.data.reading.examples import ExampleStream
 from mixtral_run.train.data.templates.encoded import EncodedExample
 from tests.unit.train.data.test_token_cache import KEY, fill, made
 
@@ -315,6 +316,7 @@ def test_examples_have_the_number_of_their_source() -> None:
             yield f"example {number}"
 
     stream.examples = lambda: examples([0, 0, 2, 2], 9)
+    stream.numbered = lambda: ExampleStream.numbered(stream)
     assert list(cached_examples._numbered(stream)) == [
         (0, "example 0"), (0, "example 1"), (2, "example 2"), (2, "example 3"),
     ]  # fmt: skip

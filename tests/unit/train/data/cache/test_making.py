@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from mixtral_run.train.data.cache.cache_folder import CacheFolder
 from mixtral_run.train.data.cache.cached_examples import ExampleCaches
 from mixtral_run.train.data.cache.token_arrays import EncodedChunk
 from mixtral_run.train.data.cache.token_cache import CacheWriter
+from mixtral_run.train.data.reading.examples import ExampleStream
 from mixtral_run.train.data.templates.encoded import EncodedExample
 
 
@@ -39,6 +41,7 @@ def test_examples_that_the_template_refuses_do_not_count(monkeypatch: pytest.Mon
     noted: list[Any] = []
     stream: Any = MagicMock(counts_by_source=[5, 7])
     stream.problems.add.side_effect = lambda place, lines: noted.append((place, lines))
+    stream.refuse = partial(ExampleStream.refuse, stream)
     stream.remarks_on_content.return_value = ["a remark"]
     found = object.__new__(ExampleCaches)
     found._report, found._encoding = MagicMock(activity=activity), MagicMock()  # type: ignore[assignment]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mixtral_run.errors import ConfigError
-from mixtral_run.train.data.mixture import _check_size, describe_mixture, mixed_indices
+from mixtral_run.train.data.mixture import check_mixture, describe_mixture, mixed_indices
 from mixtral_run.train.data.split import split_by_digest
 
 
@@ -41,10 +41,10 @@ def test_the_first_source_without_an_example_is_named(counts: list[int], number:
 def test_the_largest_epoch() -> None:
     """3 examples with a weight of 2 are 1.5 for each unit of weight, of which there are 200,000,002."""
     with pytest.raises(ConfigError) as caught:
-        _check_size([3, 1], [2.0, 200_000_000.0])
+        check_mixture([3, 1], [2.0, 200_000_000.0])
     assert caught.value.found == "300,000,003 samples from 4 examples"
     assert caught.value.next_command == "a larger weight for the largest source, or fewer examples in it"
-    _check_size([3, 1], [2.0, 133_333_331.0])
+    check_mixture([3, 1], [2.0, 133_333_331.0])
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from mixtral_run.errors import ConfigError
 from mixtral_run.train.data.reading.example import Example, Message
 from mixtral_run.train.data.reading.example_problem import ExampleProblem
-from mixtral_run.train.data.templates import jinja_template, template_sandbox
+from mixtral_run.train.data.templates import jinja_template, template_sandbox, text_encoder
 from mixtral_run.train.data.templates.jinja_template import JinjaTemplate
 from mixtral_run.train.data.templates.template_sandbox import Rendered, SandboxedTemplate, TooLong
 from mixtral_run.train.data.templates.text_encoder import TextEncoder
@@ -211,7 +211,7 @@ def test_tools_choose_their_own_template_and_are_none_without() -> None:
 def test_keys_and_roles_are_not_changed() -> None:
     given = {"content": "a", "role": "b", "z": {"".join(["ro", "le"]): "c", "name": ["d", 1.5]}}
     expected = {"content": "A", "role": "b", "z": {"role": "c", "name": ["D", 1.5]}}
-    assert jinja_template._mapped(given, str.upper) == expected
+    assert text_encoder.mapped(given, str.upper) == expected
 
 
 def test_the_longest_template(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from mixtral_run.train.data.templates import (
     mixtral_form,
     prompt,
     template_sandbox,
+    text_encoder,
     word_cache,
 )
 from mixtral_run.train.data.templates.chat_template import ChatTemplate
@@ -227,7 +228,7 @@ def test_messages_as_templates_read_them() -> None:
                   {"function": {"arguments": "[" * 100_000}}, {"function": {"arguments": "3"}}, {}):  # fmt: skip
         assert jinja_template._call(other) == other
     given = {"role": "r", "x": ["a", ("b", 3)], "y": {"role": "r", "z": "c"}}
-    assert jinja_template._mapped(given, str.upper) == {
+    assert text_encoder.mapped(given, str.upper) == {
         "role": "r", "x": ["A", ("B", 3)], "y": {"role": "r", "z": "C"},
     }  # fmt: skip
 
