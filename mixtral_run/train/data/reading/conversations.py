@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,12 +31,14 @@ class Turns:
         problems: a line each.
         unused: keys of messages that are not used.
         num_trimmed: messages after the assistant's last one, which are left out.
+        num_adjacent: messages that follow one of the same role. The chat template decides whether they are joined.
     """
 
     messages: list[Message] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     unused: set[str] = field(default_factory=set)
     num_trimmed: int = 0
+    num_adjacent: int = 0
 
 
 def read_turns(entries: object, key: str, *, learned: bool = True) -> Turns:
@@ -64,7 +67,7 @@ def finish_turns(turns: Turns, key: str) -> Turns:
     while messages and messages[-1].role != ASSISTANT:
         messages.pop()
         turns.num_trimmed += 1
-    order = _order_problem([message.role for message in messages], messages)
+    order = _order_problem(messages)
     if not messages or order:
         found = ", ".join(roles) or "none"
         expected = "the user and the assistant in turn, with an answer of the assistant"
@@ -73,23 +76,34 @@ def finish_turns(turns: Turns, key: str) -> Turns:
         turns.problems.append(
             f"{key!r}: expected an answer that counts in the loss; found 'weight' 0 or 'train' false on every one"
         )
+    turns.num_adjacent = sum(one.role == other.role != TOOL for one, other in itertools.pairwise(messages))
     return turns
 
 
-def _order_problem(roles: Sequence[str], messages: Sequence[Message]) -> str:
-    """Return the first place where the order of roles is broken, or nothing."""
-    start = 1 if roles[:1] == [SYSTEM] else 0
-    before = SYSTEM
-    for number in range(start, len(roles)):
-        calls = before == ASSISTANT and bool(messages[number - 1].tool_calls)
-        allowed = {
-            SYSTEM: (USER,), USER: (ASSISTANT,), TOOL: (TOOL, ASSISTANT), ASSISTANT: (TOOL,) if calls else (USER,)
-        }[before]  # fmt: skip
-        if roles[number] not in allowed:
-            called = " after calls of tools" if calls else ""
-            return f" (message {number + 1}: expected {' or '.join(allowed)}{called})"
-        before = roles[number]
+def _order_problem(messages: Sequence[Message]) -> str:
+    """Return the first place where the order of roles is broken, or nothing.
+
+    Adjacent messages of one role are allowed, as in mistral-common. Two answers of which one is learned are not: one
+    answer cannot be learned in part.
+    """
+    before: Message | None = None
+    for number, message in enumerate(messages, start=1):
+        expected, why = _expected_after(before)
+        is_same = message.role == (before.role if before is not None else SYSTEM)
+        if message.role not in expected and (why or not is_same):
+            return f" (message {number}: expected {' or '.join(expected)}{why})"
+        if before is not None and message.role == before.role == ASSISTANT and message.learned != before.learned:
+            return f" (message {number}: adjacent answers of which one counts in the loss and the other does not)"
+        before = message
     return ""
+
+
+def _expected_after(before: Message | None) -> tuple[tuple[str, ...], str]:
+    """Return the roles that are expected after a message, and words about the reason. None: before the first one."""
+    if before is not None and before.role == ASSISTANT and before.tool_calls:
+        return (TOOL,), " after calls of tools"
+    role = SYSTEM if before is None else before.role
+    return {SYSTEM: (USER,), USER: (ASSISTANT,), TOOL: (TOOL, ASSISTANT), ASSISTANT: (USER,)}[role], ""
 
 
 def _read_message(entry: Mapping[str, Any], where: str, key: str, learned: bool, turns: Turns) -> None:

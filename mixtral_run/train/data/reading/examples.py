@@ -69,7 +69,7 @@ class Problems:
         self.num_examples += 1
         self.num_lines += len(lines)
         free = self._num_kept - len(self.first)
-        self.first += [f"{place}: {line}" for line in lines[:free]]
+        self.first += [f"{place}: {line}" if place else line for line in lines[:free]]
 
     def lines(self) -> list[str]:
         """Return the first ten problems and, if there are more, their number."""
@@ -89,6 +89,7 @@ class ExampleStream:
         counts_by_shape: number of examples of each shape.
         counts_by_source: number of examples of each source, in the order of `sources`.
         num_trimmed: conversations of which the end was trimmed: messages after the assistant's last one.
+        adjacent: conversations with adjacent messages of one role: their number, and the first places.
         notes: lines about files that were left out.
         empty: names of files without a record.
     """
@@ -112,6 +113,7 @@ class ExampleStream:
         self.counts_by_shape: Counter[str] = Counter()
         self.counts_by_source = [0] * len(self.sources)
         self.num_trimmed = 0
+        self.adjacent = Problems()
         self.notes: list[str] = []
         self.empty: list[str] = []
         self._missing_fields = dict(self.options.fields)
@@ -218,6 +220,13 @@ class ExampleStream:
                 f"{counted(self.num_trimmed, 'conversation')} {'does' if self.num_trimmed == 1 else 'do'} not end with "
                 "the assistant: what follows its last answer is left out."
             )
+        if self.adjacent.num_examples:
+            places = "; ".join(self.adjacent.first) + "; …" * (self.adjacent.num_lines > NUM_PROBLEMS_SHOWN)
+            found.append(
+                f"{counted(self.adjacent.num_examples, 'conversation')} "
+                f"{'has' if self.adjacent.num_examples == 1 else 'have'} adjacent messages of one role ({places}): "
+                "Mixtral-Instruct's form joins them with an empty line, a Jinja template gets them as they are."
+            )
         if self.problems.num_examples and self.options.skip_bad_examples:
             first = self.problems.first[:NUM_PROBLEMS_SHOWN]
             places = "; ".join(first)
@@ -250,6 +259,8 @@ class ExampleStream:
         self.unused_keys.update(found.unused)
         self.counts_by_shape[str(found.shape)] += 1
         self.num_trimmed += found.num_trimmed > 0
+        if found.num_adjacent:
+            self.adjacent.add("", [place])
         return Example(place, found.messages, found.text, found.tools, found.rejected, found.label)
 
     def _error(self) -> ConfigError:

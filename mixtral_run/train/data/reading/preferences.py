@@ -213,6 +213,7 @@ def _finished(messages: list[Message], key: str, found: Converted) -> tuple[Mess
     turns = finish_turns(Turns(list(messages)), key)
     found.problems += turns.problems
     found.num_trimmed = max(found.num_trimmed, turns.num_trimmed)
+    found.num_adjacent = max(found.num_adjacent, turns.num_adjacent)
     return tuple(turns.messages)
 
 

@@ -53,6 +53,7 @@ def read_prompts(file: Path, flag: str = "--prompts") -> PromptFile:
     problems: list[str] = []
     prompts: list[Prompt] = []
     unused: Counter[str] = Counter()
+    adjacent: list[str] = []
     if not file.is_file():
         raise ConfigError("The prompts cannot be read.", where=where, expected="a file", found="nothing of that name"
                           if not file.exists() else "no file")  # fmt: skip
@@ -70,6 +71,7 @@ def read_prompts(file: Path, flag: str = "--prompts") -> PromptFile:
             problems += [f"{record.place}: {each}" for each in converted.problems]
             if not converted.problems:
                 unused.update(converted.unused)
+                adjacent += [record.place] if converted.num_adjacent else []
                 messages = converted.messages[:-1]
                 prompts.append(Prompt(record.place, messages, converted.text, converted.tools))
     if problems or not prompts:
@@ -82,6 +84,9 @@ def read_prompts(file: Path, flag: str = "--prompts") -> PromptFile:
             found=None if problems else "an empty file",
         )
     remarks = [f"{where}: the key {key!r} of {count:,} prompts is not used" for key, count in sorted(unused.items())]
+    if adjacent:
+        remarks.append(f"{where}: adjacent messages of one role, which the chat template may join: {adjacent[0]}"
+                       + (f" and {len(adjacent) - 1:,} more" if adjacent[1:] else ""))  # fmt: skip
     return PromptFile(tuple(prompts), (*remarks, *([f"{where} {found.left_out}"] if found.left_out else ())))
 
 

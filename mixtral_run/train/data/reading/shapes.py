@@ -64,6 +64,7 @@ class Converted:
         problems: lines; then the other values are not valid.
         unused: keys that are not used.
         num_trimmed: messages after the assistant's last one.
+        num_adjacent: messages that follow one of the same role.
     """
 
     shape: str | None = None
@@ -75,6 +76,7 @@ class Converted:
     problems: list[str] = field(default_factory=list)
     unused: set[str] = field(default_factory=set)
     num_trimmed: int = 0
+    num_adjacent: int = 0
 
 
 def convert(record: Mapping[str, Any], data_format: str = AUTO, fields: Mapping[str, str] | None = None) -> Converted:
@@ -254,7 +256,8 @@ def _convert_conversation(values: Mapping[str, Any], shape: str, found: Converte
     finish_turns(turns, key)
     found.problems += turns.problems
     found.unused |= turns.unused
-    found.messages, found.num_trimmed = tuple(turns.messages), turns.num_trimmed
+    found.messages = tuple(turns.messages)
+    found.num_trimmed, found.num_adjacent = turns.num_trimmed, turns.num_adjacent
     if "tools" in values:
         convert_tools(values["tools"], found)
     return used

@@ -162,8 +162,8 @@ IN_TURN = "'messages': expected the user and the assistant in turn, with an answ
         ({"messages": []}, [IN_TURN + "none"]),
         ({"messages": ["a"]}, ["message 1: expected a JSON object; found text"]),
         (messages((A, "a"), (U, "b")), [IN_TURN + "assistant, user (message 1: expected user)"]),
-        (messages((U, "a"), (U, "b"), (A, "c")), [IN_TURN + "user, user, assistant (message 2: expected assistant)"]),
-        (messages((U, "a"), (A, "b"), (A, "c")), [IN_TURN + "user, assistant, assistant (message 3: expected user)"]),
+        (messages((U, "a"), (A, "b"), (S, "c"), (A, "d")), [
+            IN_TURN + "user, assistant, system, assistant (message 3: expected user)"]),
         (messages((U, "a"), (S, "b"), (A, "c")), [IN_TURN]),
         (messages((U, "a"), (T, "b"), (A, "c")), [IN_TURN]),
         (messages((U, "a"), ("root", "b")), ["message 2: 'role': expected system, developer, user, human"]),

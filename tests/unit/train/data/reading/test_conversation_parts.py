@@ -104,8 +104,26 @@ def test_an_order_of_roles_with_calls() -> None:
     assert order(U, "call", T, U, A) == "message 4: expected tool or assistant)"
     assert order(S, A) == "message 2: expected user)"
     assert order(U, A, S, A) == "message 3: expected user)"
-    many = finish_turns(Turns([Message(U, "x")] * 30 + [Message(A, "x")]), "messages").problems[0]
-    assert many.partition("found ")[2] == f"{', '.join([U] * 30)}"[:80] + " (message 2: expected assistant)"
+    assert order(U, "call", A) == "message 3: expected tool after calls of tools)"
+    assert order(U, T, A) == "message 2: expected assistant)"
+    many = finish_turns(Turns([Message(U, "x")] * 30 + [Message(S, "x"), Message(A, "x")]), "messages").problems[0]
+    assert many.partition("found ")[2] == f"{', '.join([U] * 30)}"[:80] + " (message 31: expected assistant)"
+
+
+def test_adjacent_messages_of_one_role_are_taken_and_counted() -> None:
+    def counted(*roles: str) -> int:
+        found = finish_turns(Turns([Message(role, "x") for role in roles]), "messages")
+        assert not found.problems, found.problems
+        return found.num_adjacent
+
+    assert counted(S, S, U, U, U, A, A) == 1 + 2 + 1
+    assert counted(U, A, U, A, U, U) == 0, "what follows the last answer is left out"
+    half = [Message(U, "a"), Message(A, "b", learned=False), Message(A, "c")]
+    problem = finish_turns(Turns(half), "messages").problems[0]
+    assert "message 3: adjacent answers of which one counts in the loss and the other does not" in problem
+    several = finish_turns(Turns([Message(U, "a"), Message(A, "", True, (CALL,)), Message(T, "1"), Message(T, "2"),
+                                  Message(A, "b")]), "messages")  # fmt: skip
+    assert (several.problems, several.num_adjacent) == ([], 0), "each result of a tool is one of its own"
 
 
 def test_messages_of_other_forms() -> None:
