@@ -15,6 +15,8 @@ from typing import Any
 
 import click
 
+from mixtral_run.config.data import DATA_SETTINGS
+from mixtral_run.config.fields import SETTINGS_ERROR, flag_of
 from mixtral_run.config.names.foreign_names import answer_to, setting_meant
 from mixtral_run.errors import ConfigError
 
@@ -88,6 +90,14 @@ class WholeNumber(click.ParamType[Any]):
         return None
 
 
+def is_about_data(error: ConfigError) -> bool:
+    """Return True for an error of sources of data alone. --help knows nothing about their content."""
+    flags = tuple(map(flag_of, DATA_SETTINGS))
+    if error.what == SETTINGS_ERROR:
+        return bool(error.problems) and all(each.startswith(flags) for each in error.problems)
+    return (error.where or "").startswith(flags)
+
+
 class VerbCommand(click.Command):
     """A verb. examples: command lines for the end of --help, without the `mixtral-run` in front."""
 
@@ -132,7 +142,7 @@ class VerbCommand(click.Command):
         try:
             return super().invoke(ctx)
         except ConfigError as error:
-            if not any("next:" in each for each in error.problems):
+            if not any("next:" in each for each in error.problems) and not is_about_data(error):
                 error.next_command = error.next_command or f"{ctx.command_path} --help"
             raise
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_run.config.data import DATA_SETTINGS, DataConfig
-from mixtral_run.config.data_sources import parse_source, source_problems
+from mixtral_run.config.data_sources import near_names, parse_source, source_problems
 from mixtral_run.config.fields import Config, flag_of
 from mixtral_run.config.lora import weighted_path
 from mixtral_run.config.names.hub_names import HF_MODEL_SETTINGS, may_be_hub_name
@@ -46,10 +46,16 @@ def input_problems(config_class: type[Config], values: Mapping[str, Any], doubtf
             if not isinstance(each, (str, Path)) or str(each) in ("", *doubtful):
                 continue
             if not _may_be_elsewhere(item.name, str(each)):
-                weighted = several and item.name == "adapter"
-                problem = _problem(weighted_path(str(each)).path if weighted else Path(each), is_folder)
+                problem = _problem(_path_of(item.name, str(each), several=several), is_folder)
                 found += [f"{flag_of(item.name)} {each}: {problem}"] if problem else []
     return found
+
+
+def _path_of(name: str, value: str, *, several: bool) -> Path:
+    """Return the path that a value of a setting names, without its weight."""
+    if name in DATA_SETTINGS:
+        return parse_source(value).path
+    return weighted_path(value).path if several and name == "adapter" else Path(value)
 
 
 def errors_of_inputs(
@@ -115,7 +121,9 @@ def _problem(path: Path, is_folder: bool) -> str | None:
     wanted = "a folder" if is_folder else "a file"
     try:
         if not path.exists():
-            return f"expected {wanted}; found nothing of that name"
+            near = near_names(path)
+            like = f"; like it: {', '.join(near)}" if near else ""
+            return f"expected {wanted}; found nothing of that name{like}"
     except OSError as error:
         return f"expected {wanted}; found {error.strerror}"
     if is_folder and not path.is_dir():

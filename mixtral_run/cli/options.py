@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
-from mixtral_run.cli.command import DOUBTFUL, MEANT, PROBLEMS
+from mixtral_run.cli.command import DOUBTFUL, MEANT, PROBLEMS, is_about_data
 from mixtral_run.cli.config_file import read_config_file
 from mixtral_run.cli.host_options import SCHEDULED, host_options, refuse_without_on, run_on_hosts, take_host_options
 from mixtral_run.cli.host_options import VERBS as HOST_VERBS
@@ -113,11 +113,15 @@ def merged_config(
         names = [item.name for item in dataclasses.fields(config_class)]
         known = [name.replace("_", "-") for name in names]
         meant = context.meta.get(MEANT, set()) | {setting_meant(name, known) for name in values if name not in names}
+        # A line about a value says what is wrong with it; that it is no file's name would be a second, wrong reason.
+        named = tuple(each.partition(": ")[0] + ": " for each in error.problems)
+        inputs = [each for each in inputs if f"{each.partition(': ')[0]}: " not in named]
         problems = [each for each in (*error.problems, *inputs) if not _is_meant(each, meant)]
         keys = [name for name, value in in_file.items() if name in names and name not in flags and value is not None]
         error.problems = (*not_understood, *(_with_key(each, keys) for each in problems))
         error.where = error.where or str(file or "command line")
-        error.next_command = error.next_command or f"{context.command_path} --help"
+        if error.next_command is None and not is_about_data(error):
+            error.next_command = f"{context.command_path} --help"
         deeper = [] if on_hosts else errors_of_inputs(config_class, values or flags, doubtful)
         if deeper:
             raise joined([error, *deeper]) from None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import math
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +116,10 @@ def source_problems(flag: str, texts: Sequence[str], *, weights: bool = True) ->
         found.append(f"{flag} {given[0].text}: expected no weight; every example counts once")
     elif given and len(given) < len(sources):
         without = next(source.text for source in sources if source.weight is None)
-        found.append(f"{flag}: expected a weight for every source or for none; found none for {without}")
+        found.append(
+            f"{flag}: expected a weight for every source or for none; found none for {without}: write "
+            f"{without}:WEIGHT, or leave out :{given[0].text.rpartition(':')[2]}"
+        )
     found += [
         f"{flag} {source.text}: expected a weight above 0"
         for source in given
@@ -127,6 +132,25 @@ def source_problems(flag: str, texts: Sequence[str], *, weights: bool = True) ->
     if [source.location for source in sources].count(STANDARD_INPUT) > 1:
         found.append(f"{flag}: expected '-', the standard input, once")
     return found
+
+
+def near_names(path: Path) -> list[str]:
+    """Return the paths next to a missing one whose names are like its own, the best first; at most three."""
+    try:
+        names = [each.name for each in path.parent.iterdir() if not each.name.startswith(".")]
+    except OSError:
+        return []
+    by_case = {name.lower(): name for name in names}
+    close = difflib.get_close_matches(path.name.lower(), by_case, n=3, cutoff=0.7)
+    return [str(path.with_name(by_case[name])) for name in close]
+
+
+def how_to_find(path: Path) -> str:
+    """Return what helps about a path that does not exist: a name that is like it, or a list of its folder."""
+    if near := near_names(path):
+        return f"the same command with {' or '.join(map(shlex.quote, near))}"
+    folder = next((each for each in path.parents if each.is_dir()), path.parent)
+    return f"ls {shlex.quote(str(folder))}"
 
 
 def content_sha256(texts: Sequence[str], sha256: Callable[[Path], str] | None = None) -> str | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mixtral_run.train.data.reading.example import ASSISTANT, SYSTEM, TOOL, USER, Message
+from mixtral_run.train.data.reading.json_values import unwritable_number
 from mixtral_run.train.data.reading.records import json_type
 
 ROLE_NAMES = {
@@ -19,7 +20,10 @@ ROLE_NAMES = {
     "tool": TOOL, "function": TOOL, "observation": TOOL, "function_response": TOOL,
 }  # fmt: skip
 """Names of roles in the data, of OpenAI's API and of ShareGPT."""
-_USED = frozenset({"role", "from", "content", "value", "tool_calls", "tool_call_id", "weight", "train"})
+_CALL = "function_call"
+"""The role of ShareGPT whose text is a call of a function."""
+_CALL_KEYS = frozenset({"name", "arguments"})
+_USED = frozenset({"role", "from", "content", "value", "tool_calls", "tool_call_id", "weight", "train", _CALL})
 
 
 @dataclass(slots=True)
@@ -117,16 +121,15 @@ def _read_message(entry: Mapping[str, Any], where: str, key: str, learned: bool,
         return
     turns.unused |= {f"{key}: {each}" for each in values if each not in _USED and not (each == "name" and role == TOOL)}
     content_key = "content" if "content" in values or "value" not in values else "value"
-    content, problem = _content(values.get(content_key))
+    content, problem = "", None
     calls: tuple[Mapping[str, Any], ...] = ()
-    if problem is None and given == "function_call":
-        content, (calls, problem) = "", _call_of_text(content)
-    elif role == ASSISTANT and values.get("tool_calls"):
-        calls, of_calls = _tool_calls(values["tool_calls"])
-        turns.problems += [f"{where}: 'tool_calls': {of_calls}"] if of_calls else []
-    elif values.get("tool_calls"):
-        turns.unused.add(f"{key}: tool_calls of the {role}")
-    if problem is None and not content.strip() and role != TOOL and not values.get("tool_calls") and not calls:
+    if str(given).lower() == _CALL:
+        calls, problem = _call_of(values.get(content_key))
+    else:
+        content, problem = _content(values.get(content_key))
+        calls = _calls_beside(values, role, where, key, turns)
+    turns.unused |= {f"{key}: function.{each}" for call in calls for each in call["function"] if each not in _CALL_KEYS}
+    if problem is None and not content.strip() and role != TOOL and not calls and not _has_calls(values, role):
         if role == SYSTEM and not turns.messages:
             return  # Exports of chats have an empty system message.
         problem = "is empty"
@@ -145,6 +148,25 @@ def _read_message(entry: Mapping[str, Any], where: str, key: str, learned: bool,
             str(values["name"]) if role == TOOL and "name" in values else None,
         )
     )  # fmt: skip
+
+
+def _has_calls(values: Mapping[str, Any], role: str) -> bool:
+    return role == ASSISTANT and any(values.get(name) for name in ("tool_calls", _CALL))
+
+
+def _calls_beside(
+    values: Mapping[str, Any], role: str, where: str, key: str, turns: Turns
+) -> tuple[Mapping[str, Any], ...]:
+    """Return an assistant's calls under `tool_calls`, or OpenAI's former `function_call`; add problems."""
+    name = "tool_calls" if values.get("tool_calls") else _CALL
+    if not values.get(name):
+        return ()
+    if role != ASSISTANT:
+        turns.unused.add(f"{key}: {name} of the {role}")
+        return ()
+    calls, problem = _tool_calls(values[name]) if name != _CALL else _call_of(values[name])
+    turns.problems += [f"{where}: {name!r}: {problem}"] if problem else []
+    return calls
 
 
 def _content(content: object) -> tuple[str, str | None]:
@@ -193,15 +215,19 @@ def _tool_calls(calls: object) -> tuple[tuple[Mapping[str, Any], ...], str | Non
             return (), f"'arguments': expected text or an object; found {json_type(arguments)}"
         if problem := half_of_a_surrogate(json.dumps(function, ensure_ascii=False, default=str)):
             return (), problem
+        if number := unwritable_number(function):
+            return (), f"expected JSON; found {number}"
     return tuple(calls), None
 
 
-def _call_of_text(text: str) -> tuple[tuple[Mapping[str, Any], ...], str | None]:
-    """Return the call that ShareGPT's `function_call` holds as text."""
-    try:
-        function = json.loads(text)
-    except (ValueError, RecursionError):
-        return (), "expected a function's call as JSON"
+def _call_of(value: object) -> tuple[tuple[Mapping[str, Any], ...], str | None]:
+    """Return the calls that ShareGPT's `function_call` holds: an object, a list of objects, or JSON text of them."""
+    function = value
+    if isinstance(value, str):
+        try:
+            function = json.loads(value)
+        except (ValueError, RecursionError):
+            return (), "expected a function's call as JSON"
     entries = function if isinstance(function, list) else [function]
     return _tool_calls([{"type": "function", "function": each} for each in entries])
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixtral_run.config.data_sources import STANDARD_INPUT, DataSource
+from mixtral_run.config.data_sources import STANDARD_INPUT, DataSource, how_to_find
 from mixtral_run.errors import ConfigError, shortened
 from mixtral_run.train.data.reading.formats import CSV, JSON, JSONL, format_of, open_bytes
 from mixtral_run.train.data.reading.records import BadRecord, Record
@@ -90,11 +90,12 @@ def files_of(source: DataSource, where: str) -> FoundFiles:
             return FoundFiles((DataFile(source, path, source.name if source.name != source.text else path.name),))
         return _files_of_folder(source, path, where)
     except OSError as error:
+        helps = how_to_find(path) if isinstance(error, FileNotFoundError) else f"ls -ld {path}"
         raise ConfigError(
             "The data cannot be read.",
             where=where,
             found=error.strerror,
-            next_command=f"ls -ld {path.parent}; a dataset on the hub is OWNER/NAME[@REVISION][:SPLIT]",
+            next_command=f"{helps}; a dataset on the hub is OWNER/NAME[@REVISION][:SPLIT]",
         ) from error
 
 

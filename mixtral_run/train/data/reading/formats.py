@@ -9,7 +9,6 @@ import bz2
 import codecs
 import gzip
 import io
-import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from typing import IO
 
 from mixtral_run.config.data import FIELDS
 from mixtral_run.errors import ConfigError
+from mixtral_run.train.data.reading.json_values import JsonReader
 
 HEAD_BYTES = 1 << 16
 """Bytes from the beginning of a file that decide its format."""
@@ -36,7 +36,10 @@ _ENCODINGS = (
 )
 _TABLES = ((b"PAR1", PARQUET), (b"ARROW1", ARROW_FILE), (b"\xff\xff\xff\xff", ARROW_STREAM))
 _REFUSED = (
-    (b"PK\x03\x04", "a zip archive (or an Excel file)", "unzip {path}, then the unpacked files; Excel saves CSV"),
+    (b"PK\x03\x04", "a zip archive", "unzip {path}, then the unpacked files"),
+    (b"\x93NUMPY", "an array of NumPy", "a file of JSONL, CSV or Parquet"),
+    (b"\x89PNG", "a picture", "a file of JSONL, CSV or Parquet"),
+    (b"GGUF", "weights of a model (GGUF)", "the data to learn from: JSONL, CSV or Parquet"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "7z x {path}, then the unpacked files"),
     (b"SQLite format 3\x00", "an SQLite database", "sqlite3 -json {path} 'SELECT …' > {path}.json"),
     (b"\x89HDF", "an HDF5 file", "a file of JSONL, CSV or Parquet"),
@@ -50,6 +53,14 @@ _REFUSED = (
     (b"<!DOCTYPE", "a page of HTML", "download the file itself again, for example its 'raw' form"),
     (b"<html", "a page of HTML", "download the file itself again, for example its 'raw' form"),
 )
+
+
+_ZIPS = (
+    (b"data.pkl", "a checkpoint of PyTorch, which is never loaded", "a file of JSONL, CSV or Parquet"),
+    (b"[Content_Types].xml", "a document of Excel or Word", "Excel saves CSV: save the sheet as CSV UTF-8"),
+    (b".npy", "an archive of arrays of NumPy", "a file of JSONL, CSV or Parquet"),
+)
+"""What the first names within a zip archive say about it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,16 +163,33 @@ def _format_of_head(head: bytes, path: Path, where: str) -> Format:
     for start, name in _TABLES:
         if head.startswith(start):
             return Format(name)
+    if head.startswith(b"PK\x03\x04"):
+        for inside, name, command in _ZIPS:
+            if inside in head[:4096]:
+                raise _refused(name, where, command)
     for start, name, command in _REFUSED:
         if head.lstrip().startswith(start):
             raise _refused(name, where, command.format(path=path))
     encoding = next((name for mark, name in _ENCODINGS if head.startswith(mark)), "utf-8")
-    if encoding.startswith("utf-8") and b"\x00" in head:
+    if encoding.startswith("utf-8") and b"\x00" in head and not _is_damaged_json(head):
         raise _binary(head, path, where)
     if head[257:262] == b"ustar":
         raise _refused("a tar archive", where, f"tar -xf {path}, then the unpacked files")
     text = codecs.getincrementaldecoder(encoding)(errors="replace").decode(head)
     return _format_of_text(text, encoding, path, where)
+
+
+_MOST_NUL_BYTES = 128
+
+
+def _is_damaged_json(head: bytes) -> bool:
+    """Return True for lines of JSON with NUL bytes, as a disk leaves them after a crash: each bad line is named."""
+    first = head.lstrip(codecs.BOM_UTF8 + b" \t\r\n").split(b"\n", 1)[0]
+    # The second byte tells UTF-16 without a mark apart.
+    if not first.startswith((b"{", b"[")) or first[1:2] == b"\x00":
+        return False
+    rest = head.rstrip(b"\x00")
+    return rest.count(0) <= max(_MOST_NUL_BYTES, len(rest) // 100)
 
 
 def _binary(head: bytes, path: Path, where: str) -> ConfigError:
@@ -212,7 +240,7 @@ def _format_of_text(text: str, encoding: str, path: Path, where: str) -> Format:
 def _continues(lines: list[str]) -> bool:
     """Return True if an object goes on after the first line, as pretty-printed ones do."""
     try:
-        json.loads(lines[0])
+        JsonReader().decode(lines[0])
     except ValueError:
         return len(lines) > 1 and not lines[1].lstrip().startswith(("{", "["))
     except RecursionError:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mixtral_run.errors import ConfigError
+from mixtral_run.train.data.reading.json_values import LongNumber, number_name
 
 LONGEST_RECORD = 64 << 20
 """Characters of the longest record that is read. A longer one is a file of another form, and would fill the memory."""
@@ -36,16 +37,6 @@ class BadRecord:
     problem: str
 
 
-def with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object, as `object_pairs_hook`. Raises ValueError if a key is there twice: one would be lost."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for number, key in enumerate(keys) if key in keys[:number])
-        raise ValueError(f"the key {twice[:80]!r} is there twice")
-    return found
-
-
 def refuse_same_names(names: Sequence[str], where: str) -> None:
     """Raise ConfigError if a table has two columns of one name, of which one would be lost."""
     twice = sorted({name for name, count in Counter(names).items() if count > 1})
@@ -58,7 +49,11 @@ def refuse_same_names(names: Sequence[str], where: str) -> None:
 def json_type(value: object) -> str:
     """Return the name of a value's JSON type, for errors."""
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number" if isinstance(value, (int, float)) else f"a {type(value).__name__}")
+    if isinstance(value, LongNumber):
+        return str(value)
+    return names.get(
+        type(value), number_name(value) if isinstance(value, (int, float)) else f"a {type(value).__name__}"
+    )
 
 
 def as_record(place: str, value: object, line: str | None = None) -> Record | BadRecord:

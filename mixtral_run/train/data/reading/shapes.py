@@ -15,6 +15,7 @@ from typing import Any
 from mixtral_run.config.data import AUTO, SHAPES
 from mixtral_run.train.data.reading.conversations import Turns, finish_turns, half_of_a_surrogate, read_turns
 from mixtral_run.train.data.reading.example import ASSISTANT, SYSTEM, USER, Message
+from mixtral_run.train.data.reading.json_values import unwritable_number
 from mixtral_run.train.data.reading.records import json_type
 
 TEXT, MESSAGES, SHAREGPT, PROMPT, DOLLY = "text", "messages", "sharegpt", "prompt", "dolly"
@@ -277,5 +278,7 @@ def convert_tools(tools: object, found: Converted) -> None:
         found.problems.append("'tools': expected a list of objects")
     elif problem := half_of_a_surrogate(json.dumps(tools, ensure_ascii=False, default=str)):
         found.problems.append(f"'tools': {problem}")
+    elif number := unwritable_number(tools):
+        found.problems.append(f"'tools': expected JSON; found {number}")
     else:
         found.tools = tuple(tools)

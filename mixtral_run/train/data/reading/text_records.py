@@ -9,13 +9,13 @@ from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
 from mixtral_run.errors import ConfigError
+from mixtral_run.train.data.reading.json_values import TOO_DEEP, JsonReader, problem_of
 from mixtral_run.train.data.reading.records import (
     LONGEST_RECORD,
     BadRecord,
     Record,
     as_record,
     refuse_same_names,
-    with_unique_keys,
 )
 
 _BLOCK = 1 << 20
@@ -29,6 +29,7 @@ def jsonl_records(stream: IO[bytes], encoding: str, where: str) -> Iterator[Reco
     lines: Iterable[Any] = _binary_lines(stream)
     if not encoding.startswith("utf-8"):
         lines = text_lines(stream, encoding, where)
+    reader = JsonReader()
     # Not splitlines(): that also splits at separators that JSON allows inside a string.
     for number, raw in enumerate(lines, start=1):
         place = f"line {number}"
@@ -38,29 +39,27 @@ def jsonl_records(stream: IO[bytes], encoding: str, where: str) -> Iterator[Reco
             continue
         if isinstance(raw, bytes):
             try:
-                # Some editors write a byte order mark.
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                # Some editors write a byte order mark; files that were joined have it in the middle.
+                line = raw.decode("utf-8-sig")
             except UnicodeDecodeError as error:
                 found = f"byte 0x{raw[error.start]:02x} at byte {error.start + 1} of the line"
                 yield BadRecord(place, f"not UTF-8: {found}")
                 continue
-            if number == 1 and not line.strip():
+            if not line.strip():
                 continue
         else:
             line = raw
-        yield _parsed(place, line)
+        yield _parsed(place, line, reader)
 
 
-def _parsed(place: str, line: str) -> Record | BadRecord:
+def _parsed(place: str, line: str, reader: JsonReader) -> Record | BadRecord:
     try:
-        return as_record(place, json.loads(line.rstrip("\r\n"), object_pairs_hook=with_unique_keys), line)
+        value = reader.decode(line.rstrip("\r\n"))
     except json.JSONDecodeError as error:
-        return BadRecord(place, f"broken JSON: {error.msg} at column {error.colno}")
-    except ValueError as error:
-        # A number of thousands of digits, or a key that is there twice.
-        return BadRecord(place, f"broken JSON: {str(error).split(';')[0]}")
+        return BadRecord(place, f"broken JSON: {problem_of(error, error.colno)}")
     except RecursionError:
-        return BadRecord(place, "broken JSON: nested too deeply")
+        return BadRecord(place, TOO_DEEP)
+    return BadRecord(place, reader.problem) if reader.problem else as_record(place, value, line)
 
 
 def json_records(stream: IO[bytes], encoding: str, where: str) -> Iterator[Record | BadRecord]:
@@ -86,7 +85,8 @@ def json_records(stream: IO[bytes], encoding: str, where: str) -> Iterator[Recor
             continue
         number += 1
         place = f"entry {number} (line {text.line})"
-        yield as_record(place, text.value())
+        value = text.value()
+        yield BadRecord(place, text.reader.problem) if text.reader.problem else as_record(place, value)
         if not in_list:
             continue
         mark = text.skip_blank()
@@ -102,7 +102,7 @@ class _Text:
     def __init__(self, blocks: Iterator[str], where: str) -> None:
         self._blocks, self._where = blocks, where
         self._text, self._at, self._counted, self._ended = "", 0, 0, False
-        self._decoder = json.JSONDecoder(object_pairs_hook=with_unique_keys)
+        self.reader = JsonReader()
         self.line = 1
 
     def skip(self, count: int) -> None:
@@ -124,16 +124,17 @@ class _Text:
         """Return the JSON value at the position, and move behind it."""
         while True:
             try:
-                value, end = self._decoder.raw_decode(self._text, self._at)
+                value, end = self.reader.raw_decode(self._text, self._at)
             except json.JSONDecodeError as error:
                 at_the_end = error.pos >= len(self._text) - _NEAR_THE_END or error.msg.startswith("Unterminated")
                 if not at_the_end or not self._read_more():
                     line = self.line + self._text.count("\n", self._at, error.pos)
                     column = error.pos - self._text.rfind("\n", 0, error.pos)
-                    raise _broken(self._where, line, f"{error.msg} at column {column}") from error
-            except (ValueError, RecursionError) as error:
-                found = "nested too deeply" if isinstance(error, RecursionError) else str(error).split(";")[0]
-                raise _broken(self._where, self.line, found) from error
+                    raise _broken(self._where, line, problem_of(error, column)) from error
+            except RecursionError as error:
+                raise ConfigError(
+                    "The JSON cannot be read further.", where=self._where, found=f"line {self.line}: {TOO_DEEP}"
+                ) from error
             else:
                 # A number at the end of what was read may have more digits.
                 if end < len(self._text) or not self._read_more():
@@ -171,11 +172,16 @@ def csv_records(stream: IO[bytes], encoding: str, delimiter: str, where: str) ->
         try:
             row = next(rows, None)
         except csv.Error as error:
+            # The reader's own words advise a mode of Python's open().
+            returns = str(error).startswith("new-line character")
             raise ConfigError(
                 "The table cannot be read.",
                 where=where,
-                found=f"line {line}: {error}",
+                found=f"line {line}: {'a carriage return without a line feed' if returns else error}",
                 expected='columns separated by one character; a field with it, a quote or a line break in "quotes"',
+                next_command="tr '\\r' '\\n' < FILE > NEW-FILE, if lines end with a carriage return alone"
+                if returns
+                else None,
             ) from error
         if row is None:
             return

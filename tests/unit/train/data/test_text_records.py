@@ -18,7 +18,9 @@ from mixtral_run.config.data_sources import parse_source
 from mixtral_run.errors import ConfigError
 from mixtral_run.train.data.reading import text_records
 from mixtral_run.train.data.reading.data_files import files_of
-from mixtral_run.train.data.reading.records import BadRecord, Record
+from mixtral_run.train.data.reading.json_values import JsonReader
+from mixtral_run.train.data.reading.records import BadRecord, Record, json_type
+from mixtral_run.train.data.reading.shapes import convert
 
 ROWS = [{"instruction": "Größe?\u2028\x85", "response": 'a\n,"b" 🙂'}, {"instruction": "b", "response": "\tc\r\nd"}]
 LINES = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
@@ -123,17 +125,61 @@ def test_places_are_lines_and_entries(tmp_path: Path) -> None:
         ('{"instruction": "a", "response": "b"', "broken JSON: Expecting ',' delimiter at column 37"),
         ('["a", "b"]', "expected a JSON object; found a list"),
         ("null", "expected a JSON object; found null"),
-        ("[" * 200_000, "broken JSON: nested too deeply"),
-        ('{"a": ' + "9" * 5000 + "}", "broken JSON: Exceeds the limit"),
-    ],
+        ("[" * 200_000, "objects or lists are nested too deeply to be read"),
+        ('{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' is there twice; one of its values would be lost"),
+        ('{"a": 1},', "broken JSON: a comma after the end of the value at column 9"),
+        ('{"a": 1} {"a": 1}', "broken JSON: more text after the end of the value at column 10"),
+        ('{"a": "b', "broken JSON: Unterminated string starting at column 7"),
+        ('{"a": "\t"}', "broken JSON: Invalid control character at column 8"),
+        ('{"a": "b\0c"}', "broken JSON: NUL byte at column 9, as a file has that was not written to its end"),
+        ("\0" * 20, "broken JSON: NUL byte at column 1, as a file has"),
+        (
+            '{"a": 1}\r{"a": 2}',
+            "broken JSON: more text after the end of the value at column 10; lines end with a "
+            "carriage return alone: tr",
+        ),
+    ],  # fmt: skip
 )
 def test_a_bad_line_is_named_and_the_next_one_read(tmp_path: Path, line: str, problem: str) -> None:
     path = tmp_path / "data.jsonl"
-    path.write_text(f"{LINES}\n{line}\n{LINES}\n", "utf-8")
+    path.write_text(f"{LINES}\n{line}\n{LINES}\n", "utf-8", newline="")
     found = records(path)
     assert [isinstance(each, Record) for each in found] == [True, True, False, True, True]
     assert isinstance(found[2], BadRecord) and found[2].place == "line 3"
     assert found[2].problem.startswith(problem)
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_what_only_looks_broken_is_read(tmp_path: Path, as_list: bool) -> None:
+    """Long numbers, NaN and infinite numbers, and byte order marks where files were joined."""
+    path = tmp_path / "data.json"
+    rows = [f'{{"a": {value}, "b": "c"}}' for value in ("9" * 5000, "-" + "9" * 4400, "NaN", "-Infinity", "1e999")]
+    path.write_text("[" + ",\n".join(rows) + "]" if as_list else "\n\ufeff".join(rows), "utf-8")
+    found = records(path)
+    assert [isinstance(each, Record) and each.values["b"] for each in found] == ["c"] * 5
+    assert isinstance(found[0], Record) and str(found[0].values["a"]) == "a number of 5,000 digits"
+    assert isinstance(found[1], Record) and json_type(found[1].values["a"]) == "a number of 4,400 digits"
+    names = [json_type(each.values["a"]) for each in found[2:] if isinstance(each, Record)]
+    assert names[0].startswith("NaN, a missing value") and names[1:] == ["a number beyond the range of floats"] * 2
+    assert json_type(4) == json_type(0.5) == "a number"
+
+
+def test_entries_with_a_key_twice_are_named_and_the_next_one_read(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_text('[{"a": 1, "a": 2},\n{"a": 3}]')
+    problem = "the key 'a' is there twice; one of its values would be lost"
+    assert records(path) == [BadRecord("entry 1 (line 1)", problem), Record("entry 2 (line 2)", {"a": 3})]
+
+
+@pytest.mark.parametrize("number", ["NaN", "1e999", "9" * 5000])
+def test_a_number_that_json_lacks_is_no_part_of_a_tool(number: str) -> None:
+    value = JsonReader().decode(number)
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"most": [value]}}}]
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert convert({"messages": turns, "tools": tools}).problems[0].startswith("'tools': expected JSON; found ")
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a": value}}}]}
+    problem = convert({"messages": [turns[0], call]}).problems[0]
+    assert problem.startswith("message 2: 'tool_calls': expected JSON; found ")
 
 
 def test_bytes_that_are_not_utf8_are_named(tmp_path: Path) -> None:
@@ -150,7 +196,7 @@ def test_bytes_that_are_not_utf8_are_named(tmp_path: Path) -> None:
     [
         ('[{"a": 1},\n {"a": 2}\n {"a": 3}]', "line 3: expected ',' or ']' after entry 2"),
         ('[{"a": 1},\n {"a": 2', "line 2: Expecting ',' delimiter at column 9"),
-        ('[{"a": 1},\n {"a": "2', "line 2: Unterminated string starting at at column 8"),
+        ('[{"a": 1},\n {"a": "2', "line 2: Unterminated string starting at column 8"),
         ('[{"a": 1}\n', "line 2: the list does not end"),
         ('[{"a": 1},\n{"b":: 2}]', "line 2: Expecting value at column 6"),
         ('[{"a": 1}] {"b": 2', "line 1: Expecting ',' delimiter"),
@@ -183,6 +229,9 @@ def test_what_is_broken_in_a_table_is_named(tmp_path: Path) -> None:
     [
         (LINES.encode("utf-16-le"), ("UTF-16LE without a byte order mark", "iconv -f UTF-16LE -t UTF-8")),
         (b"PK\x03\x04....", ("a zip archive", "unzip")),
+        (b"PK\x03\x04....archive/data.pkl", ("a checkpoint of PyTorch",)),
+        (b"PK\x03\x04....[Content_Types].xml", ("a document of Excel or Word", "CSV")),
+        (b"PK\x03\x04....a.npy", ("an archive of arrays of NumPy",)),
         (b"SQLite format 3\x00....", ("SQLite", "sqlite3 -json")),
         (b"\x80\x04\x95....", ("a pickle, which is never loaded",)),
         (b"version https://git-lfs.github.com/spec/v1\n", ("a pointer of Git LFS", "git lfs pull")),

@@ -110,6 +110,30 @@ def test_an_order_of_roles_with_calls() -> None:
     assert many.partition("found ")[2] == f"{', '.join([U] * 30)}"[:80] + " (message 31: expected assistant)"
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'},
+        {"from": "Function_Call", "value": {"name": "f", "arguments": {"a": 1}}},
+        {"from": "function_call", "value": [{"name": "f", "arguments": {"a": 1}}]},
+        {"role": A, "content": None, "function_call": {"name": "f", "arguments": {"a": 1}}},
+    ],
+)
+def test_a_call_of_a_function_in_every_form(message: dict[str, Any]) -> None:
+    found = turns(message)
+    assert not found.problems and not found.unused
+    (read,) = found.messages
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    assert (read.role, read.content, read.tool_calls) == (A, "", (call,))
+
+
+def test_what_a_call_has_beside_its_arguments_is_not_used() -> None:
+    found = turns({"from": "function_call", "value": '{"name": "f", "parameters": {"a": 1}}'})
+    assert found.unused == {"messages: function.parameters"}
+    user = turns({"role": U, "content": "a", "function_call": {"name": "f"}})
+    assert user.unused == {"messages: function_call of the user"} and not user.messages[0].tool_calls
+
+
 def test_adjacent_messages_of_one_role_are_taken_and_counted() -> None:
     def counted(*roles: str) -> int:
         found = finish_turns(Turns([Message(role, "x") for role in roles]), "messages")

@@ -15,6 +15,7 @@ from mixtral_run.errors import ConfigError
 from mixtral_run.train.data.reading import data_files, examples, formats, records, table_records, text_records
 from mixtral_run.train.data.reading.examples import ReadOptions, read_examples
 from mixtral_run.train.data.reading.formats import format_of
+from mixtral_run.train.data.reading.json_values import JsonReader
 
 
 @pytest.mark.parametrize(
@@ -133,12 +134,11 @@ def test_all_sources_that_cannot_be_read_are_reported(tmp_path: Path) -> None:
 
 
 def test_columns_and_records_of_one_name() -> None:
-    with pytest.raises(ValueError, match="the key 'b' is there twice"):
-        records.with_unique_keys([("a", 1), ("b", 1), ("c", 1), ("b", 1), ("c", 2)])
-    with pytest.raises(ValueError) as caught:
-        records.with_unique_keys([("x" * 90, 1), ("x" * 90, 1)])
-    assert str(caught.value) == f"the key '{'x' * 80}' is there twice"
-    assert records.with_unique_keys([("a", 1), ("b", 2)]) == {"a": 1, "b": 2}
+    reader = JsonReader()
+    assert reader.decode('{"a": 1, "b": 1, "c": 1, "b": 1, "c": 2}') == {"a": 1, "b": 1, "c": 2}
+    assert reader.twice == "b"
+    assert reader.decode(f'{{"{"x" * 90}": 1, "{"x" * 90}": 1}}') and str(reader.problem)[:90].endswith(f"'{'x' * 80}'")
+    assert reader.decode('{"a": 1, "b": 2}') == {"a": 1, "b": 2} and reader.problem is None
     with pytest.raises(ConfigError) as refused:
         records.refuse_same_names(["b", "a", "b", "c", "a"], "where")
     assert refused.value.found == "'a', 'b'"

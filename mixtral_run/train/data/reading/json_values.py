@@ -1,0 +1,95 @@
+"""JSON as other programs write it: values that Python's reader refuses or reads in silence. Standard library only."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+MOST_DIGITS = 4000
+"""Digits of the longest whole number that becomes an int; Python refuses 4,300, whose conversion takes long."""
+
+
+class LongNumber:
+    """A whole number of thousands of digits, which is of no use but under a key that is not used."""
+
+    __slots__ = ("text",)
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __str__(self) -> str:
+        return f"a number of {len(self.text.lstrip('-')):,} digits"
+
+
+class JsonReader:
+    """A decoder that notes a key that an object has twice, and takes numbers of any length.
+
+    Attributes:
+        twice: the first key that was there twice in the last value; None if there was none.
+    """
+
+    def __init__(self) -> None:
+        self.twice: str | None = None
+        self._decoder = json.JSONDecoder(object_pairs_hook=self._object, parse_int=_whole_number)
+
+    def decode(self, text: str) -> Any:
+        """Return the value of a text. Raises JSONDecodeError or RecursionError."""
+        self.twice = None
+        return self._decoder.decode(text)
+
+    def raw_decode(self, text: str, begin: int) -> tuple[Any, int]:
+        """Return the value at a place of a text, and its end. Raises JSONDecodeError or RecursionError."""
+        self.twice = None
+        return self._decoder.raw_decode(text, begin)
+
+    @property
+    def problem(self) -> str | None:
+        """Return the problem of the last value, of which a part is lost; None if it is whole."""
+        if self.twice is None:
+            return None
+        return f"the key {self.twice[:80]!r} is there twice; one of its values would be lost"
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs) and self.twice is None:
+            keys = [key for key, _ in pairs]
+            self.twice = next(key for number, key in enumerate(keys) if key in keys[:number])
+        return found
+
+
+def _whole_number(text: str) -> int | LongNumber:
+    return int(text) if len(text) <= MOST_DIGITS else LongNumber(text)
+
+
+TOO_DEEP = "objects or lists are nested too deeply to be read, about 1,000 levels or more"
+
+
+def problem_of(error: json.JSONDecodeError, column: int) -> str:
+    """Return what is wrong with a text that is no JSON, with its column."""
+    message, help_ = error.msg.removesuffix(" at"), ""
+    if "\0" in error.doc[error.pos : error.pos + 2]:
+        message, help_ = "NUL byte", ", as a file has that was not written to its end"
+    elif error.msg == "Extra data":
+        message = f"{'a comma' if error.doc[error.pos] == ',' else 'more text'} after the end of the value"
+        if "\r" in error.doc[: error.pos]:
+            help_ = "; lines end with a carriage return alone: tr '\\r' '\\n' < FILE > NEW-FILE"
+    return f"{message} at column {column}{help_}"
+
+
+def unwritable_number(value: object) -> str | None:
+    """Return a number within a value that JSON does not have, or that is too long; None if there is none."""
+    if isinstance(value, LongNumber):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return number_name(value)
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return next((found for each in inner if (found := unwritable_number(each)) is not None), None)
+
+
+def number_name(value: float) -> str:
+    """Return how errors name a number."""
+    if isinstance(value, float) and math.isnan(value):
+        return "NaN, a missing value; null counts as an absent key"
+    return "a number beyond the range of floats" if isinstance(value, float) and math.isinf(value) else "a number"
