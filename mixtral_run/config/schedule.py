@@ -102,7 +102,7 @@ class ScheduleConfig(Config):
             return [f"--lr-warmup-iters: expected fewer than {self._length()}; found {self.lr_warmup_iters}"]
         return [
             f"--warmup-ratio: expected a share that leaves an iteration after the warmup, of {self._length()}; found "
-            f"{self.warmup_ratio:g}, which is {self.warmup_iters} iterations"
+            f"{self.warmup_ratio:g}, which is {self.warmup_iters} iteration{'s' * (self.warmup_iters != 1)}"
         ]
 
     def _length(self) -> str:

@@ -77,7 +77,11 @@ def _state(summary: dict[str, Any]) -> str:
     last, whole = summary.get("last_iteration"), summary.get("train_iters")
     if summary.get("stopped_early"):
         return f"Stopped early at iteration {last} of {whole}"
-    return f"Complete: {last} iterations" if last == whole else f"Stopped on request at iteration {last} of {whole}"
+    return (
+        f"Complete: {last} iteration{'s' * (last != 1)}"
+        if last == whole
+        else f"Stopped on request at iteration {last} of {whole}"
+    )
 
 
 def _tiles(summary: dict[str, Any]) -> str:

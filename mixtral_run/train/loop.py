@@ -141,7 +141,10 @@ def pretrain(config: PretrainConfig) -> None:
             with stop_requests(mesh) as stop, report.training(config.iterations, 0) as run.view:
                 for metrics in train_iterations(run, stop):
                     show(run, metrics)
-        report.done(f"Pretraining complete: {config.iterations} iterations in {run.meter.total_seconds:.1f} s")
+        report.done(
+            f"Pretraining complete: {config.iterations} iteration{'s' * (config.iterations != 1)} in "
+            f"{run.meter.total_seconds:.1f} s"
+        )
 
 
 def _sgd_step(

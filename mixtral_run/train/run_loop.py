@@ -170,7 +170,7 @@ def report_end(run: Run, config: RunConfig, outcome: Outcome, ending: Ending, nu
             f"without a validation loss below {run.best.best_loss:.4f}, that of iteration {run.best.best_iteration}"
         )
     run.report.done(
-        f"{ending.what} complete: {done} iterations in {format_seconds(run.meter.total_seconds)}, "
+        f"{ending.what} complete: {done} iteration{'s' * (done != 1)} in {format_seconds(run.meter.total_seconds)}, "
         f"{ending.result} in {config.folder}"
     )
     run.report.say(f"  {summary.line(processor_of(run.mesh))}")

@@ -18,6 +18,7 @@ from mixtral_run.train.data.cache.cached_examples import CachedExamples, Example
 from mixtral_run.train.data.mixture import describe_mixture, mixed_indices
 from mixtral_run.train.data.packing import PackedSamples
 from mixtral_run.train.data.preferences import FileSamples, PreferenceSamples, fitting
+from mixtral_run.train.data.reading.examples import counted
 from mixtral_run.train.data.samples import AnySource, MockSamples, Samples, has_response
 from mixtral_run.train.data.split import split_by_digest
 from mixtral_run.weights.manifest.describe import BaseDescription
@@ -67,7 +68,8 @@ class TrainingData:
         report.say(f"Data: {self.samples.describe()}")
         if self.num_samples is not None:
             epochs = config.iterations * config.global_batch_size / self.num_samples
-            report.say(f"  {config.iterations:,} iterations of {config.global_batch_size:,} are {epochs:,.1f} epochs")
+            of_batches = f"{counted(config.iterations, 'iteration')} of {config.global_batch_size:,}"
+            report.say(f"  {of_batches} {'is' if config.iterations == 1 else 'are'} {epochs:,.1f} epochs")
         if self.validation is not None:
             report.say(f"Validation set: {self.validation.describe()}")
 
@@ -217,9 +219,10 @@ def _parts(
                     where=examples.where,
                     next_command="a larger --seq-length; mixtral-run data check counts how many examples fit",
                 )
+            num_left = len(keep) - len(usable)
             remarks.append(
-                f"{examples.where}: {len(keep) - len(usable):,} examples are longer than --seq-length "
-                f"{config.seq_length:,}{too_long}, and are left out."
+                f"{examples.where}: {counted(num_left, 'example')} {'is' if num_left == 1 else 'are'} longer than "
+                f"--seq-length {config.seq_length:,}{too_long}, and {'is' if num_left == 1 else 'are'} left out."
             )
     found = {setting: usable}
     if setting == TRAINING and isinstance(config, RunConfig) and config.valid_fraction:

@@ -79,7 +79,8 @@ class ExampleCaches:
         self._encoding = Encoding(base.tokenizer, config.chat_template)
         save = config.save if isinstance(config, RunConfig) else None
         self._folder = CacheFolder(
-            config.data_cache or default_folder(save),
+            # Messages name it, without `..` and links.
+            (config.data_cache or default_folder(save)).resolve(),
             int(config.data_cache_gib * 2**30),
             60.0 * config.distributed_timeout_minutes,
         )

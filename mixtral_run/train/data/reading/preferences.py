@@ -24,6 +24,7 @@ _PAIR_LINE = '{"prompt": "What is 7 times 8?", "chosen": "56", "rejected": "54"}
 _LABEL_LINE = '{"prompt": "What is 7 times 8?", "completion": "56", "label": true}'
 PREFERENCE_LINES = {PAIRS: (_PAIR_LINE,), UNPAIRED: (_LABEL_LINE, _PAIR_LINE)}
 """Examples of lines, for errors."""
+_PROMPT_WORDS = ("question", "instruction", "query", "input")
 _LABELS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -153,12 +154,18 @@ def _prompt(values: Mapping[str, Any], found: Converted) -> list[Message]:
     if PROMPT not in values and CHOSEN in values:
         found.problems.append(
             "'prompt' is missing: 'chosen' and 'rejected' do not show where the answer begins; expected a prompt, or "
-            "lists of messages that begin with the user's"
+            f"lists of messages that begin with the user's{_field_of_prompt(values)}"
         )
         return []
     if isinstance(values.get(PROMPT), (list, tuple)):
         return _read(values[PROMPT], PROMPT, found, learned=False)
     return [Message(USER, text_of(values, PROMPT, found), learned=False)]
+
+
+def _field_of_prompt(values: Mapping[str, Any]) -> str:
+    """Return the --field that takes another key as the prompt, if there is one that may be meant."""
+    key = next((key for key in _PROMPT_WORDS if isinstance(values.get(key), str)), None)
+    return f"; --field prompt={key} would take {key!r}" if key else ""
 
 
 def _read(entries: object, key: str, found: Converted, *, learned: bool) -> list[Message]:

@@ -138,7 +138,7 @@ def test_places_are_lines_and_entries(tmp_path: Path) -> None:
             "broken JSON: more text after the end of the value at column 10; lines end with a "
             "carriage return alone: tr",
         ),
-    ],  # fmt: skip
+    ],
 )
 def test_a_bad_line_is_named_and_the_next_one_read(tmp_path: Path, line: str, problem: str) -> None:
     path = tmp_path / "data.jsonl"
