@@ -73,7 +73,8 @@ def describe_mixture(texts: Sequence[str], counts: Sequence[int], weights: Seque
         return None
     total = max(count / share for count, share in zip(counts, shares, strict=True))
     parts = [
-        f"{text}: {count:,} examples, {share / sum(shares):.1%} of the samples, each {total * share / count:,.1f} times"
+        f"{text}: {count:,} example{'s' * (count != 1)}, "
+        f"{share / sum(shares):.1%} of the samples, each {total * share / count:,.1f} times"
         for text, count, share in zip(texts, counts, shares, strict=True)
     ]
     return "An epoch takes " + "; ".join(parts)

@@ -34,8 +34,8 @@ NUM_RENDERED = 3
 MOST_PROBLEMS = 1000
 """Lines about problems that --json lists. The screen has fewer."""
 WITHOUT_TOKENS = (
-    "Without --load no tokens are counted: chat template, lengths and vocabulary are not checked, for which a run may "
-    "refuse examples."
+    "No tokens are counted without the tokenizer of --load: chat template, lengths and vocabulary are not checked, for "
+    "which a run may refuse examples."
 )
 
 
@@ -132,6 +132,7 @@ def check_data(
             if problem := lengths.add(example, encoded):
                 stream.refuse(source, example.place, problem)
                 result.num_too_long += 1
+                continue
         if config.valid_fraction:
             digests.append(digest_of_split(example))
         if is_new:

@@ -150,7 +150,7 @@ def test_without_a_tokenizer_the_screen_says_what_is_not_checked(
     file = tmp_path / "a.jsonl"
     file.write_text(lines(LONG))
     run_check.run_check(CheckConfig(data_path=(str(file),), seq_length=64).check())
-    assert "! Without --load no tokens are counted" in capsys.readouterr().out
+    assert "! No tokens are counted without the tokenizer of --load" in capsys.readouterr().out
     with pytest.raises(MixtralRunError, match=r"none\.jinja"):
         run_check.run_check(CheckConfig(data_path=(str(file),), chat_template=str(tmp_path / "none.jinja")).check())
 
@@ -174,3 +174,4 @@ def test_a_row_that_is_too_long_says_which_length_it_needs(
     printed = capsys.readouterr().out
     found = json.loads(printed[printed.index("\n{\n") :])
     assert (found["num_bad"], found["num_too_long"], len(found["problems"])) == (12, 12, 12)
+    assert [each["place"] for each in found["rendered"]] == ["line 13"], "what is refused is not learned"
