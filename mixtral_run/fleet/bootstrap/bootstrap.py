@@ -22,6 +22,7 @@ from mixtral_run.fleet.bootstrap.view import make_view, summary
 from mixtral_run.fleet.explain.explain import record_failures
 from mixtral_run.fleet.hosts import Host, find_hosts, remember_hosts
 from mixtral_run.fleet.plays.provisioning import playbook, role_names
+from mixtral_run.fleet.plays.role_variables import refuse_misspelled
 from mixtral_run.fleet.plays.runner import Play, PlayEnd, RunningPlay, forget_old_plays, parse_extra_vars
 from mixtral_run.fleet.secrets import keys_problem, token_problem
 from mixtral_run.fleet.selection import hosts_of, inventory_of, refuse_lost_variables
@@ -124,6 +125,8 @@ def bootstrap(
     began = time.monotonic()
     _check_request(request)
     request = _with_own_inventory(request)
+    if request.inventory is None:
+        refuse_misspelled(request.extra_vars)
     hosts = hosts_of(request.hosts, request.inventory, request.limit)
     accepted = _accepted(request, hosts)
     with _one_bootstrap(request, hosts):

@@ -21,6 +21,7 @@ from mixtral_run.fleet.explain.explain import recognize, record_failures
 from mixtral_run.fleet.hosts import Host, forget_hosts, shortened
 from mixtral_run.fleet.jobs.jobs import list_jobs
 from mixtral_run.fleet.plays.provisioning import playbook, role_names
+from mixtral_run.fleet.plays.role_variables import refuse_misspelled
 from mixtral_run.fleet.plays.runner import Play, RunningPlay, forget_old_plays, parse_extra_vars
 from mixtral_run.fleet.selection import hosts_of, inventory_of, refuse_lost_variables
 from mixtral_run.fleet.ssh.connection import Ssh, connection_options
@@ -179,7 +180,10 @@ def _hosts(request: TeardownRequest) -> tuple[tuple[Host, ...], Path | None]:
     hosts = hosts_of(request.hosts, request.inventory, request.limit)
     if request.inventory is None:
         refuse_lost_variables(hosts)
-    return hosts, request.inventory or inventory_of(hosts)
+    inventory = request.inventory or inventory_of(hosts)
+    if inventory is None:
+        refuse_misspelled(request.extra_vars)
+    return hosts, inventory
 
 
 def _refuse_unreachable(ssh: Ssh, hosts: Sequence[Host]) -> None:
