@@ -24,15 +24,16 @@ type: aggregate
 short_description: Keep in mind which tasks changed something on each host
 description:
   - The module C(mixtral_run.hosts.host_visit) writes them into the history of the host.
-  - Runs the check of the task C(mixtral_run.hosts.role_arguments) before a play that C(--start-at-task) begins after it,
-    and ends Ansible if the variables of a host are refused. Otherwise prints nothing.
+  - Runs the check of the task C(mixtral_run.hosts.role_arguments) where C(--start-at-task) leaves it out,
+    and ends Ansible if the variables of a host are refused.
+  - Prints the C(shown) changes of a task, such as users that it added or owners that it changed.
   - Switches Python's cyclic garbage collector off in Ansible's workers, each of which lives for one task of one host.
 requirements: ["callbacks_enabled = mixtral_run.hosts.changed_tasks in ansible.cfg"]
 """
 
 
 class CallbackModule(CallbackBase):
-    """Callback without output, except for the check of variables with `--start-at-task`."""
+    """Callback that watches all results, and checks variables with `--start-at-task`."""
 
     CALLBACK_VERSION = 2.0
     CALLBACK_TYPE = "aggregate"
@@ -49,6 +50,9 @@ class CallbackModule(CallbackBase):
     def v2_runner_on_ok(self, result):
         if result.result.get("changed"):
             add(result.host.get_name(), result.task.get_name().replace(" : ", " · "))
+            # Changes that nobody should miss, such as those of users and owners.
+            for words in result.result.get("shown") or ():
+                self._display.display(f"{result.host.get_name()}: {words}")
 
     def v2_playbook_on_play_start(self, play):
         if not context.CLIARGS.get("start_at_task"):

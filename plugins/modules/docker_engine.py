@@ -15,7 +15,18 @@ description:
   - If the engine does not come up, the files are restored as they were when it last ran, it is started again, and the module
     fails with the lines of the journal.
 options:
-  users: {description: Users to add to the docker group., type: list, elements: str, default: []}
+  users:
+    description:
+      - Users to keep in the docker group. A member that an earlier run added and that is no longer listed is taken out, and
+        a warning names the user. One whose processes run stays until a later run. Other members are left alone.
+    type: list
+    elements: str
+    default: []
+  add_users:
+    description: Users to add to the docker group for good. They stay when they are no longer named.
+    type: list
+    elements: str
+    default: []
   environment: {description: "Environment variables of the service, such as HTTP_PROXY.", type: dict, default: {}}
   containerd_root: {description: "Root folder of containerd, which holds images from Docker 29 on. Empty means its default.", type: str, default: ""}
   restart_when_busy: {description: Restart even while containers run., type: bool, default: false}
@@ -23,21 +34,20 @@ options:
   state: {description: C(absent) removes the users and files that the kit added., type: str, choices: [present, absent], default: present}
 """
 
-import grp
 import os
-import pwd
 import re
 import shutil
 import stat
 import time
 
 from ..module_utils.mixtral_run_host.commands import last_lines, run
-from ..module_utils.mixtral_run_host.engine import engine_use
+from ..module_utils.mixtral_run_host.engine import engine_use, group_members
 from ..module_utils.mixtral_run_host.files import Record, explain, read_text, remove, rewrite, write_text
 from ..module_utils.mixtral_run_host.start import run_module
 
 OPTIONS = {
     "users": {"type": "list", "elements": "str", "default": []},
+    "add_users": {"type": "list", "elements": "str", "default": []},
     "environment": {"type": "dict", "default": {}},
     "containerd_root": {"type": "str", "default": ""},
     "restart_when_busy": {"type": "bool", "default": False},
@@ -69,16 +79,17 @@ def act(module):
             engine.users()
         engine.service()
     module.exit_json(
-        changed=bool(engine.done), done=engine.done, deferred=bool(engine.deferred), reason=engine.deferred
-    )
+        changed=bool(engine.done), done=engine.done, deferred=bool(engine.deferred), reason=engine.deferred,
+        shown=engine.shown, diff=engine.diff,
+    )  # fmt: skip
 
 
 class Engine:
-    """State of one run of the module. `done` lists the changes as phrases."""
+    """State of one run of the module. `done` lists the changes as phrases; `shown` those that everyone has to see."""
 
     def __init__(self, module):
         self.module, self.params, self.check = module, module.params, module.check_mode
-        self.done, self.deferred = [], ""
+        self.done, self.shown, self.diff, self.deferred = [], [], [], ""
         self.record = Record("docker_engine", check_mode=self.check)
         self.due_record = Record("daemon_json", check_mode=self.check)
 
@@ -119,31 +130,56 @@ class Engine:
                 )  # fmt: skip
 
     def users(self):
-        mine = self.record.values.setdefault("users", [])
-        wanted = self.params["users"]
-        members = _members()
-        if members is None and not self.check:
+        values, now = self.record.values, group_members.members()
+        plan = group_members.Members(values, self.params["users"], self.params["add_users"], now or set())
+        self._refuse_strangers(plan.add)
+        for user, work in plan.busy.items():
+            self.module.warn(
+                "{} is no longer in docker_users and stays in group docker for now, because processes of {} run: {}. A "
+                "later run takes {} out; now: sudo gpasswd --delete {} docker".format(user, user, work, user, user)
+            )
+        for user in plan.leave:
+            self.module.warn(
+                "{} {} out of group docker: no longer in docker_users".format(
+                    user, "would be taken" if self.check else "was taken"
+                )
+            )
+        self.done += plan.phrases
+        self.shown += plan.phrases
+        if plan.phrases:
+            after = ((now or set()) | set(plan.add)) - set(plan.leave)
+            self.diff.append(_members_diff(now or set(), after))
+        if now is None and not self.check:
             run(["groupadd", "--system", "docker"])
-            members = set()
-        for user in [each for each in wanted if each not in (members or ())]:
-            if not _exists(user):
+        # The record comes first: what it holds too much is no member, and is forgotten by the next run.
+        values["users"], values["users_once"] = plan.listed + plan.leave, plan.once
+        self._save_users()
+        commands = [["usermod", "--append", "--groups", "docker", user] for user in plan.add]
+        commands += [["gpasswd", "--delete", user, "docker"] for user in plan.leave]
+        for command in commands if not self.check else ():
+            answer = run(command)
+            if answer.code:
                 self.module.fail_json(
-                    msg=explain(
-                        "A user of docker_users is not on the host.", where=user, expected="an existing user",
-                        next_step="create it, or take it out of docker_users",
-                    )
-                )  # fmt: skip
-            self.done.append("added {} to group docker".format(user))
-            if not self.check:
-                mine.append(user)
-                self.record.save()
-                run(["usermod", "--append", "--groups", "docker", user])
-        for user in [each for each in mine if each not in wanted]:
-            self.done.append("took {} out of group docker".format(user))
-            mine.remove(user)
-            if not self.check:
-                self.record.save()
-                run(["gpasswd", "--delete", user, "docker"])
+                    msg=explain("Group docker was not changed.", where=" ".join(command), found=last_lines(answer, 3))
+                )
+        values["users"] = plan.listed
+        self._save_users()
+
+    def _save_users(self):
+        for name in ("users", "users_once"):
+            if not self.record.values.get(name):
+                self.record.values.pop(name, None)
+        self.record.save()
+
+    def _refuse_strangers(self, users):
+        unknown = [user for user in users if not group_members.exists(user)]
+        if unknown:
+            self.module.fail_json(
+                msg=explain(
+                    "Users of docker_users or docker_add_users are not on the host.", where=", ".join(unknown),
+                    expected="existing users", next_step="create them, or take them out of the list",
+                )
+            )  # fmt: skip
 
     def service(self):
         """Enable and start the engine, or perform what is due."""
@@ -207,8 +243,9 @@ class Engine:
         self.record.save()
 
     def leave(self):
-        for user in self.record.values.pop("users", []):
+        for user in group_members.recorded(self.record.values):
             self.done.append("took {} out of group docker".format(user))
+            self.shown.append(self.done[-1])
             if not self.check:
                 run(["gpasswd", "--delete", user, "docker"])
         installed = not run(["systemctl", "cat", "docker.service"]).code
@@ -344,20 +381,10 @@ def _answers():
     return False
 
 
-def _members():
-    try:
-        group = grp.getgrnam("docker")
-    except KeyError:
-        return None
-    return set(group.gr_mem) | {user.pw_name for user in pwd.getpwall() if user.pw_gid == group.gr_gid}
-
-
-def _exists(user):
-    try:
-        pwd.getpwnam(user)
-    except KeyError:
-        return False
-    return True
+def _members_diff(before, after):
+    header = "members of group docker"
+    texts = ["".join(user + "\n" for user in sorted(users)) for users in (before, after)]
+    return {"before_header": header, "after_header": header, "before": texts[0], "after": texts[1]}
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ short_description: Create folders with owner, group and mode that a container's 
 description:
   - The owner may be a number that no user of the host has. The contents of the folders are left alone.
   - A path that is not absolute, a folder of the system and the home of a user are refused.
+  - A folder that holds something and belongs to another user is refused unless the kit made it, changed it before, or
+    C(take_over) names it. So is one that only its owner may read, if C(mode) would open it to all users.
   - A path that leads through a link which root does not own is refused, because the owner of a folder could lead root
     elsewhere.
   - C(absent) removes folders that the kit created if they are empty, and secrets that the kit wrote. Folders that
@@ -19,6 +21,7 @@ options:
   uid: {description: Owner., type: int, required: true}
   gid: {description: Group., type: int, required: true}
   mode: {description: "Mode, octal.", type: str, default: "2775"}
+  take_over: {description: Folders of C(paths) whose owner and mode may change although they are somebody else's., type: list, elements: path, default: []}
   secret_path: {description: "File of mode 0640 for C(secret). Jobs run as the login user in this group.", type: path}
   secret:
     description:
@@ -46,6 +49,7 @@ import pwd
 import shutil
 import stat
 
+from ..module_utils.mixtral_run_host import folder_owners
 from ..module_utils.mixtral_run_host.files import Record, explain, replace_in
 from ..module_utils.mixtral_run_host.folders import UnsafePath, naming, open_file, open_folder
 from ..module_utils.mixtral_run_host.start import run_module
@@ -56,6 +60,7 @@ OPTIONS = {
     "uid": {"type": "int", "required": True},
     "gid": {"type": "int", "required": True},
     "mode": {"type": "str", "default": "2775"},
+    "take_over": {"type": "list", "elements": "path", "default": []},
     "secret_path": {"type": "path"},
     "secret": {"type": "str", "default": "", "no_log": True},
     "keys_path": {"type": "path"},
@@ -81,9 +86,13 @@ def main():
 def act(module):
     if module.params["state"] == "present":
         _refuse_others(module)
-    record = Record("folders", check_mode=module.check_mode)
+    record, changes = Record("folders", check_mode=module.check_mode), []
     try:
-        done = _present(module, record) if module.params["state"] == "present" else _absent(module, record)
+        if module.params["state"] == "present":
+            _refuse_others_data(module, record)
+            done = _present(module, record, changes)
+        else:
+            done = _absent(module, record, changes)
     except UnsafePath as error:
         module.fail_json(
             msg=explain(
@@ -94,7 +103,11 @@ def act(module):
                 next_step="remove the link, or create it anew as root",
             )
         )
-    module.exit_json(changed=bool(done), done=done)
+    module.exit_json(
+        changed=bool(done), done=done,
+        shown=["{}: {} → {}".format(*change) for change in changes if change[1]],
+        diff=[folder_owners.diff(*change) for change in changes],
+    )  # fmt: skip
 
 
 def _refuse_others(module):
@@ -121,16 +134,28 @@ def _refuse_others(module):
         )
 
 
-def _present(module, record):
+def _refuse_others_data(module, record):
+    """Refuse, before anything changes, all folders that hold something and that somebody else seems to use."""
+    params = module.params
+    mine = record.values.get(params["section"], {})
+    known = list(mine.get("folders", [])) + list(mine.get("before", {})) + params["take_over"]
+    used = folder_owners.of_others(params["paths"], known, params["uid"], int(params["mode"], 8))
+    if used:
+        module.fail_json(msg=folder_owners.refusal(used, params["section"]))
+
+
+def _present(module, record, changes):
     params, done = module.params, []
     mine = record.values.setdefault(params["section"], {"folders": [], "secret": None})
     theirs = mine.setdefault("before", {})
     mode = int(params["mode"], 8)
+    wanted = folder_owners.words(params["uid"], params["gid"], mode)
     for path in params["paths"]:
         try:
             folder = open_folder(path)
         except FileNotFoundError:
             done.append("made " + path)
+            changes.append((path, "", wanted))
             if module.check_mode:
                 continue
             missing = _missing_parents(path)
@@ -141,6 +166,8 @@ def _present(module, record):
             now = os.fstat(folder)
             if (now.st_uid, now.st_gid) != (params["uid"], params["gid"]) or stat.S_IMODE(now.st_mode) != mode:
                 done.append("owner, group and mode of " + path)
+                if path not in [change[0] for change in changes]:
+                    changes.append((path, folder_owners.words_of(now), wanted))
                 if not module.check_mode:
                     if path not in mine["folders"]:
                         theirs.setdefault(path, [now.st_uid, now.st_gid, stat.S_IMODE(now.st_mode)])
@@ -310,8 +337,8 @@ def _missing_parents(path):
     return missing[::-1]
 
 
-def _absent(module, record):
-    return _take_back(module, record) + _clear(module)
+def _absent(module, record, changes):
+    return _take_back(module, record, changes) + _clear(module)
 
 
 def _clear(module):
@@ -324,7 +351,7 @@ def _clear(module):
     return ["removed " + path for path in there]
 
 
-def _take_back(module, record):
+def _take_back(module, record, changes):
     mine = record.values.get(module.params["section"])
     if mine is None:
         return []
@@ -344,6 +371,7 @@ def _take_back(module, record):
         except (FileNotFoundError, NotADirectoryError, UnsafePath):
             continue  # the folder that the kit changed no longer exists
         try:
+            changes.append((path, folder_owners.words_of(os.fstat(folder)), folder_owners.words(uid, gid, mode)))
             os.fchown(folder, uid, gid)
             os.fchmod(folder, mode)
         finally:

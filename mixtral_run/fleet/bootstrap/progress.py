@@ -54,6 +54,8 @@ class HostProgress:
     """Failed tasks in order. Failures that a rescue block handled are removed when the play ends."""
     warnings: list[str] = field(default_factory=list)
     changed_tasks: list[str] = field(default_factory=list)
+    shown: list[str] = field(default_factory=list)
+    """Changes that nobody should miss, such as those of users and owners: `role · task: change, …`."""
     hidden_tasks: list[str] = field(default_factory=list)
     """Tasks with hidden results (no_log): only the count at the end tells whether they changed something."""
 
@@ -157,7 +159,10 @@ class FleetProgress:
         if kind == "runner_on_ok" and result.get("changed"):
             host.changed += 1
             host.changed_tasks.append(label)
-            notices.append(Notice(host.name, "changed", label))
+            shown = result.get("shown")
+            words = ", ".join(map(str, shown)) if isinstance(shown, list) else ""
+            host.shown += [f"{label}: {words}"] if words else []
+            notices.append(Notice(host.name, "changed", f"{label}: {words}" if words else label))
         elif kind == "runner_on_ok" and result.get("censored"):
             host.hidden_tasks.append(label)
         if kind == "runner_on_skipped":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 import time
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -212,18 +212,24 @@ def summary(
     waiting = [host.name for host in progress.bad if host.phase is Phase.WAITING]
     if waiting:
         lines += ["", f"{MARKS[Phase.WAITING]} not started: {', '.join(waiting)}"]
-    warned: dict[str, list[str]] = {}
-    for host in progress.hosts.values():
-        for warning in host.warnings:
-            warned.setdefault(warning, []).append(host.name)
-    if warned:
-        lines += ["", *(f"! {shortened(names)}: {warning}" for warning, names in warned.items())]
+    hosts = list(progress.hosts.values())
+    lines += _alike("~", {host.name: host.shown for host in hosts})
+    lines += _alike("!", {host.name: host.warnings for host in hosts})
     lines += ["", f"{phase_counts(progress.hosts.values())} in {duration(seconds)}"]
     if log is not None:
         lines.append(f"log:   {log}")
     if retry:
         lines.append(f"retry: {retry}")
     return "\n".join(lines)
+
+
+def _alike(mark: str, texts: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return a line for each text, with all hosts that have it, after an empty line; nothing without a text."""
+    names: dict[str, list[str]] = {}
+    for name, found in texts.items():
+        for text in found:
+            names.setdefault(text, []).append(name)
+    return ["", *(f"{mark} {shortened(alike)}: {text}" for text, alike in names.items())] if names else []
 
 
 def _result_table(hosts: Sequence[HostProgress], check: bool) -> list[str]:

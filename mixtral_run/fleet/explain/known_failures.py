@@ -266,7 +266,7 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
         r"permission denied while trying to connect to the docker (daemon|api)|got permission denied .{0,60}docker\.sock",
         "The user is not in the group docker, or was added to it after the login.",
         (
-            'mixtral-run bootstrap HOST --tags docker --ask-become-pass --extra-vars \'{"docker_users": ["USER"]}\'',
+            'mixtral-run bootstrap HOST --tags docker --ask-become-pass --extra-vars \'{"docker_add_users": ["USER"]}\'',
             "log in again",
         ),
         ("docker", "socket", "group"),

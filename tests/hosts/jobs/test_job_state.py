@@ -151,7 +151,7 @@ def test_a_user_whose_sudo_asks_for_a_password_is_reported_how_to_reach_the_engi
     host.program("sudo", "#!/bin/sh\necho 'sudo: a password is required' >&2; exit 1\n")
     remedy = (
         f"mixtral-run bootstrap {host.target} --tags docker --ask-become-pass "
-        f'--extra-vars \'{{"docker_users": ["{getpass.getuser()}"]}}\''
+        f'--extra-vars \'{{"docker_add_users": ["{getpass.getuser()}"]}}\''
     )
     with pytest.raises(HostError) as caught:
         start(

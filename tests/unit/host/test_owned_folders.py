@@ -200,6 +200,7 @@ def test_a_link_of_the_folders_owner_is_refused(settings: dict, tmp_path: Path, 
 
 def test_a_link_that_root_made_is_followed(settings: dict, tmp_path: Path, outside: Path) -> None:
     (tmp_path / "there").symlink_to(outside.name)
+    settings["take_over"] = [str(tmp_path / "there")]
     assert call_module(MODULE, **settings)["changed"]
     assert _figures(outside) == (0o2775, UID, GID)
     assert not call_module(MODULE, **settings)["changed"]
@@ -216,6 +217,7 @@ def test_the_token_replaces_what_stands_in_its_place(settings: dict, outside: Pa
     else:
         os.mkfifo(token)
     before = _figures(outside / "token")
+    settings["take_over"] = settings["paths"]
     assert f"wrote {token}" in call_module(MODULE, **settings)["done"]
     assert token.is_file() and not token.is_symlink() and _figures(token) == (0o640, UID, GID)
     assert _figures(outside / "token") == before

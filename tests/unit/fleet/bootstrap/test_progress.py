@@ -89,6 +89,18 @@ def test_a_warning_of_many_hosts_is_reported_once() -> None:
     assert named.endswith(" and 42 more: time sync: none")
 
 
+def test_users_and_owners_that_changed_are_named_where_they_change_and_at_the_end() -> None:
+    progress = FleetProgress(["gpu-01", "gpu-02"])
+    for name in progress.hosts:
+        result = {"changed": True, "shown": ["added ops to group docker", "took ann out of group docker"]}
+        data = {"host": name, "role": "docker", "task": "Start", "res": result}
+        (notice,) = progress.fold({"event": "runner_on_ok", "event_data": data})
+        assert notice.text == "docker · Start: added ops to group docker, took ann out of group docker"
+    assert progress.hosts["gpu-01"].changed_tasks == ["docker · Start"]
+    text = summary(progress, seconds=1, log=None, retry=None, check=False)
+    assert text.count(f"~ gpu-01, gpu-02: {notice.text}") == 1
+
+
 def test_plain_lines_tell_changes_failures_and_ends(events: list[dict[str, Any]]) -> None:
     stream, progress = io.StringIO(), FleetProgress(["gpu-01", "gpu-02"])
     view = PlainView(progress, stream)

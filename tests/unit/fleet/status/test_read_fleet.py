@@ -83,7 +83,9 @@ def test_a_user_who_may_not_use_the_engine_is_reported_what_helps() -> None:
     words = "ops: permission denied while trying to connect to the Docker daemon socket at unix:///var/run/docker.sock"
     reported = str(_engine_problem(parse_host("gpu-01"), Answer(3, "", words), "cannot run jobs"))
     assert "may not access the engine" in reported
-    assert '"docker_users": ["ops"]' in reported and "--ask-become-pass" in reported and "bootstrap gpu-01" in reported
+    assert (
+        '"docker_add_users": ["ops"]' in reported and "--ask-become-pass" in reported and "bootstrap gpu-01" in reported
+    )
     down = str(
         _engine_problem(
             parse_host("ops@gpu-01"), Answer(3, "", "Cannot connect to the Docker daemon"), "cannot run jobs"
