@@ -121,8 +121,9 @@ def test_the_processes_of_a_user_are_found_wherever_they_run(monkeypatch: pytest
     with subprocess.Popen(["sleep", "60"], user=54321) as process:
         try:
             assert GROUP.running_work("ops") == "sleep"
-            monkeypatch.setattr(GROUP, "_ancestors", lambda: {str(process.pid)})
-            assert GROUP.running_work("ops") == ""
+            with monkeypatch.context() as patch:
+                patch.setattr(GROUP, "_ancestors", lambda: {str(process.pid)})
+                assert GROUP.running_work("ops") == ""
         finally:
             process.kill()
     # The end of an SSH connection is no work. Another folder than that of pytest, which is closed to other users.
