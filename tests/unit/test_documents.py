@@ -112,6 +112,7 @@ TESTED_ELSEWHERE = {
     "bash_source": "tests/unit/cli/test_completion.py",
     "zsh_source": "tests/unit/cli/test_completion.py",
     "fish_source": "tests/unit/cli/test_completion.py",
+    "ANSIBLE_CONFIG=": "tests/unit/fleet/test_vault_passwords.py",
     "collection build": "tests/unit/host/role_files/test_collection.py",
     "collection install": "tests/unit/host/role_files/test_collection.py",
 }

@@ -24,6 +24,7 @@ from mixtral_run.fleet.hosts import Host, find_hosts, remember_hosts
 from mixtral_run.fleet.plays.provisioning import playbook, role_names
 from mixtral_run.fleet.plays.role_variables import refuse_misspelled
 from mixtral_run.fleet.plays.runner import Play, PlayEnd, RunningPlay, forget_old_plays, parse_extra_vars
+from mixtral_run.fleet.plays.vault import next_for_vault
 from mixtral_run.fleet.secrets import keys_problem, token_problem
 from mixtral_run.fleet.selection import hosts_of, inventory_of, refuse_lost_variables
 from mixtral_run.fleet.ssh.connection import Ssh, connection_options
@@ -298,10 +299,12 @@ def show_play(
             progress.stop()
     end = running.wait(CANCEL_SECONDS if interrupted else None)
     if progress.play_error or (not progress.finished and not interrupted):
+        found = (progress.play_error or end.output or f"exit code {end.exit_code}").strip()
         raise MixtralRunError(
             "Ansible could not run the playbook to its end.",
-            found=(progress.play_error or end.output or f"exit code {end.exit_code}").strip()[-1500:],
+            found=found[-1500:],
             where=str(end.artifacts / "stdout"),
+            next_command=next_for_vault(found),
         )
     return end, interrupted
 

@@ -261,6 +261,14 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
         ("permission", "mount", "mounted", "volume", "chown"),
     ),
     KnownFailure(
+        "vault-password",
+        "Ansible has no password for an encrypted variable",
+        r"no vault secrets|vault password file .{0,300} not found|decryption failed \(no vault",
+        "A variable of the inventory or of --extra-vars is encrypted with ansible-vault.",
+        ("ANSIBLE_VAULT_PASSWORD_FILE=FILE mixtral-run bootstrap HOST",),
+        ("vault", "ansible-vault", "encrypted", "decrypt"),
+    ),
+    KnownFailure(
         "docker-permission",
         "The user may not access the engine",
         r"permission denied while trying to connect to the docker (daemon|api)|got permission denied .{0,60}docker\.sock",

@@ -23,6 +23,7 @@ from mixtral_run.errors import ConfigError, MixtralRunError
 from mixtral_run.fleet.hosts import GROUP, Host, inventory_names, unresolved_variables
 from mixtral_run.fleet.plays import control_sockets
 from mixtral_run.fleet.plays.provisioning import provisioning_folder
+from mixtral_run.fleet.plays.vault import next_for_vault, vault_settings
 from mixtral_run.fleet.state import state_folder, write_json, write_private
 from mixtral_run.fleet.untrusted import printable
 
@@ -112,6 +113,7 @@ def environment(play: Play) -> dict[str, str]:
         # The Ansible of this Python environment, even if its folder is not on PATH (pipx).
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
         **control_sockets.settings(),
+        **vault_settings(),
     }
 
 
@@ -174,8 +176,12 @@ def read_inventory(path: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(output)
     except ValueError as error:
+        reported = (errors or output).strip()
         raise ConfigError(
-            "The inventory cannot be read.", where=str(path), found=(errors or output).strip()[-500:]
+            "The inventory cannot be read.",
+            where=str(path),
+            found=reported[-500:],
+            next_command=next_for_vault(reported),
         ) from error
     if "Failed to parse" in (errors or "") or not inventory_names(found):
         raise ConfigError("The inventory names no host.", where=str(path), found=(errors or "no host").strip()[-500:])
@@ -197,7 +203,10 @@ def _resolve_variables(path: Path, listing: dict[str, Any]) -> None:
                 listing["_meta"]["hostvars"][host].update(found)
     if problems:
         raise ConfigError(
-            "Connection variables of the inventory cannot be resolved.", where=str(path), problems=problems
+            "Connection variables of the inventory cannot be resolved.",
+            where=str(path),
+            problems=problems,
+            next_command=next_for_vault("\n".join(problems)),
         )
 
 

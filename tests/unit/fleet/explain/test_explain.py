@@ -35,6 +35,7 @@ SEEN = {
     "pull-limit": "toomanyrequests: You have reached your unauthenticated pull rate limit.",
     "disk-full": "OSError: [Errno 28] No space left on device",
     "mount-permission": "PermissionError: [Errno 13] Permission denied: '/checkpoints/x'",
+    "vault-password": "[ERROR]: Attempting to decrypt but no vault secrets found.",
     "docker-permission": "permission denied while trying to connect to the Docker daemon socket at unix:///run/x",
     "engine-down": "Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is the docker daemon running?",
     "no-image": "Unable to find image 'mixtral-run:local' locally",
