@@ -55,8 +55,9 @@ ROOMS: dict[str, tuple[str, str]] = {
     "jobs": ("mixtral_run/fleet/jobs", "fleet/jobs"),
     "host": (
         "plugins/module_utils/mixtral_run_host",
-        "host/apt host/checks host/engine host/gpu host/models host/spread host/test_history.py "
-        "host/test_owned_folders.py host/test_preflight_clock.py host/test_secret_modes.py host/test_swap_file.py",
+        "host/apt host/checks host/engine host/gpu host/models host/spread host/test_folder_owners.py "
+        "host/test_history.py host/test_owned_folders.py host/test_preflight_clock.py host/test_secret_modes.py "
+        "host/test_swap_file.py",
     ),
 }
 """What is changed, and the unit tests that are run against it."""
