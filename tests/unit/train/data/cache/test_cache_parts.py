@@ -1,7 +1,5 @@
 """Small parts of the token cache by themselves: what is damaged, who waits for whom, names, boundaries, and words."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -308,6 +306,7 @@ def test_the_number_of_lines_is_known_of_files_of_lines(tmp_path: Path) -> None:
 def test_examples_have_the_number_of_their_source() -> None:
     stream: Any = SimpleNamespace(counts_by_source=[0, 0, 0], problems=SimpleNamespace(num_examples=0))
     stream.options = SimpleNamespace(skip_bad_examples=False)
+    stream.numbered = lambda: ExampleStream.numbered(stream)
 
     def examples(sources: list[int], bad_at: int) -> Iterator[str]:
         for number, source in enumerate(sources):
@@ -316,7 +315,6 @@ def test_examples_have_the_number_of_their_source() -> None:
             yield f"example {number}"
 
     stream.examples = lambda: examples([0, 0, 2, 2], 9)
-    stream.numbered = lambda: ExampleStream.numbered(stream)
     assert list(cached_examples._numbered(stream)) == [
         (0, "example 0"), (0, "example 1"), (2, "example 2"), (2, "example 3"),
     ]  # fmt: skip
