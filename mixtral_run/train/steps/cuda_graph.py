@@ -25,6 +25,7 @@ from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.planner import policy
 from mixtral_run.train.data.samples import MicroBatch
 from mixtral_run.train.steps.captured_losses import CapturedLosses, copy_into
+from mixtral_run.train.steps.exchange import Flat, GradientExchange, open_exchange
 from mixtral_run.train.steps.objective import Objective, backward
 from mixtral_run.train.steps.step import Backward, EagerBackward, trainable
 
@@ -93,14 +94,17 @@ def backward_of(
         dispatcher = SymmetricMemoryDispatcher(exchange, mesh.device)
     elif execution.dispatch is policy.Dispatch.ALL_GATHER:
         dispatcher = AllGatherDispatcher(mesh.expert_group, model.architecture.num_experts, mesh.device)
+    sums = open_exchange(model)
     if captured and execution.captured:
-        backward = CapturedBackward(model, dispatcher, most, objective)
+        backward = CapturedBackward(model, dispatcher, most, objective, sums)
         yield backward
         # Not after an error: a collective under way may wait for a rank that has ended.
         backward.release()
     else:
         with growing_segments(mesh.device):
-            yield EagerBackward(model, dispatcher, objective)
+            yield EagerBackward(model, dispatcher, objective, sums)
+    if sums is not None:
+        sums.close()
     if exchange is not None:
         exchange.close()
 
@@ -118,12 +122,14 @@ class CapturedBackward(Backward):
         dispatcher: TokenDispatcher[Any] | None = None,
         most: PackedSizes | None = None,
         objective: Objective | None = None,
+        exchange: GradientExchange | None = None,
     ) -> None:
-        super().__init__(model, dispatcher, objective)
+        super().__init__(model, dispatcher, objective, exchange)
         self._parameters = trainable(model)
         self._most = most
         self._inputs: list[Tensor] = []
         self._gradients: list[Tensor | None] = []
+        self._flats: list[tuple[Flat, ...] | None] = []
         self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._losses: CapturedLosses | None = None
 
@@ -143,6 +149,10 @@ class CapturedBackward(Backward):
         if not adds:
             for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
                 parameter.grad = gradient
+            if self.exchange is not None:
+                self.exchange.flats = list(self._flats)
+        if self.exchange is not None and self.exchange.is_last:
+            self.exchange.start_all()
         return parts
 
     def evaluated(self, micro: MicroBatch) -> Tensor:
@@ -166,6 +176,7 @@ class CapturedBackward(Backward):
             graph.reset()
         self._graphs.clear()
         self._gradients.clear()
+        self._flats.clear()
         self._drop_gradients()
 
     def _inputs_of(self, micro: MicroBatch, num_loss_tokens: int) -> list[Tensor]:
@@ -190,6 +201,7 @@ class CapturedBackward(Backward):
             parts = self._pass(adds)
         if not adds:
             self._gradients = [parameter.grad for parameter in self._parameters]
+            self._flats = list(self.exchange.flats) if self.exchange is not None else []
         self._graphs[adds] = graph, parts
 
     def _warm_up(self) -> None:
@@ -211,6 +223,8 @@ class CapturedBackward(Backward):
     def _drop_gradients(self) -> None:
         for parameter in self._parameters:
             parameter.grad = None
+        if self.exchange is not None:
+            self.exchange.begin_step()
 
     def _pass(self, adds: bool) -> Tensor:
         if not adds:
@@ -226,4 +240,5 @@ class CapturedBackward(Backward):
             balance.counting(inputs[0]) if balance is not None else nullcontext(),
         ):
             losses = self.model.losses(tokens, labels, positions=positions, packed=packed, dispatcher=self.dispatcher)
-        return backward(self.objective.parts(losses, inputs), balance)
+        with self.exchange.watching(starts=False) if self.exchange is not None else nullcontext():
+            return backward(self.objective.parts(losses, inputs), balance)

@@ -26,6 +26,7 @@ from mixtral_run.model.parallel.mesh import Mesh, sum_over
 from mixtral_run.model.parallel.param_sharding import is_expert, is_partial, is_shared, is_split
 from mixtral_run.train.data.samples import GlobalBatch, MicroBatch
 from mixtral_run.train.steps.adapter_adamw import AdapterAdamW, apply_gradients
+from mixtral_run.train.steps.exchange import GradientExchange
 from mixtral_run.train.steps.objective import NextToken, Objective, backward, parts_of, token_losses
 
 MOST_SHORT = 3
@@ -64,6 +65,7 @@ class Backward(ABC):
 
     dispatcher: the exchange with experts of other ranks; None for the layers' own, which has no limit of capacity.
     objective: the loss; the cross entropy of the response tokens by default.
+    exchange: sums gradients over ranks while the last pass of a step runs; None to sum them after it.
     """
 
     def __init__(
@@ -71,10 +73,12 @@ class Backward(ABC):
         model: MixtralModel,
         dispatcher: TokenDispatcher[Any] | None = None,
         objective: Objective | None = None,
+        exchange: GradientExchange | None = None,
     ) -> None:
         self.model = model
         self.dispatcher = dispatcher
         self.objective = objective or NextToken()
+        self.exchange = exchange
         self.num_short = 0
         self.num_retaken = 0
 
@@ -108,7 +112,9 @@ class EagerBackward(Backward):
         weights = micro.loss_mask.to(self.model.mesh.device).float() / num_loss_tokens
         with balance.counting(weights) if balance is not None else nullcontext():
             parts = parts_of(self.model, micro, self.objective, num_loss_tokens, self.dispatcher)
-        return backward(parts, balance)
+        exchange = self.exchange
+        with exchange.watching(starts=exchange.is_last) if exchange is not None else nullcontext():
+            return backward(parts, balance)
 
 
 def losses_of(model: MixtralModel, micro: MicroBatch, dispatcher: TokenDispatcher[Any] | None = None) -> Tensor:
@@ -177,15 +183,20 @@ def train_step(
     # The same as `trainable`, whose search through the model would let the GPU wait for a millisecond.
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
     if backward is None or backward.num_short >= MOST_SHORT:
-        backward = EagerBackward(model, objective=backward.objective if backward is not None else None)
-    objective = backward.objective
+        backward = unlimited_backward(model, backward)
+    objective, exchange = backward.objective, backward.exchange
     objective.prepare(model, batch.micro_batches, batch.num_loss_tokens, batch.num_text_tokens, backward.evaluated)
     total = gradients_of(batch, parameters, backward)
     if not backward.was_whole():
-        total = gradients_of(batch, parameters, EagerBackward(model, objective=objective))
+        if exchange is not None:
+            # The wrong gradients may be on their way: on all ranks alike, since all take the step again.
+            exchange.wait()
+        total = gradients_of(batch, parameters, unlimited_backward(model, backward))
     if model.router_counts is not None:
         model.router_counts.end_step()
-    sum_gradients(parameters, mesh)
+    if exchange is not None:
+        exchange.wait()
+    sum_gradients(parameters if exchange is None else exchange.rest, mesh)
     norm = gradient_norm(parameters, mesh)
     read = begin_reading(torch.cat((sum_over(total, mesh.data_group), norm.double().reshape(1))))
     result: StepResult | None = None
@@ -197,6 +208,13 @@ def train_step(
     apply_gradients(optimizer, factor)
     # The GPU may still be at the optimizer while the host prepares the next step.
     return result or result_of(read(), batch, objective)
+
+
+def unlimited_backward(model: MixtralModel, backward: Backward | None) -> EagerBackward:
+    """Return the eager pass with the layers' own dispatch, and the objective and the exchange of another pass."""
+    if backward is None:
+        return EagerBackward(model)
+    return EagerBackward(model, objective=backward.objective, exchange=backward.exchange)
 
 
 def begin_reading(found: Tensor) -> Callable[[], list[float]]:
@@ -228,8 +246,13 @@ def gradients_of(batch: GlobalBatch, parameters: Sequence[torch.nn.Parameter], b
         parameter.grad = None
     if backward.model.router_counts is not None:
         backward.model.router_counts.begin_step()
+    exchange = backward.exchange
+    if exchange is not None:
+        exchange.begin_step()
     total = torch.zeros(1, dtype=torch.float64, device=backward.model.mesh.device)
-    for micro in batch.micro_batches:
+    for number, micro in enumerate(batch.micro_batches, start=1):
+        if exchange is not None:
+            exchange.begin_pass(is_last=number == len(batch.micro_batches))
         total = total + backward(micro, batch.num_loss_tokens)
         note_progress()
     return total
