@@ -1,8 +1,9 @@
 """Cost of several hosts: bytes and seconds of the exchange of adapter gradients. Standard library and sizes only.
 
 Data parallelism runs over the hosts, tensor and expert parallelism inside each host, so that only gradients travel over
-the network, once for each optimizer step (`sum_gradients` in train/steps/step.py). A ring all-reduce over R ranks sends
-2 (R - 1) / R times the data. A ring leaves each host once, however many of its ranks the host has.
+the network, once for each optimizer step, while its last backward pass runs (train/steps/exchange.py). A ring
+all-reduce over R ranks sends 2 (R - 1) / R times the data. A ring leaves each host once, however many of its ranks the
+host has.
 
 The exchange is computed, not measured: docs/concepts/scaling.md.
 """
@@ -22,6 +23,12 @@ NETWORK_EFFICIENCY = 0.8
 BACKWARD_SHARE = 0.5
 """Part of a micro batch's time that the backward pass takes. Frozen weights have no gradients of their own: forward and
 backward pass have the same products."""
+LAST_SHARE = 1 / 16
+"""Part of the exchange that begins when the backward pass ends: its last stage (STAGES in train/steps/exchange.py)."""
+SLOWED = 1.7
+"""Time of a backward pass during an exchange, relative to one alone. Products, about 70 % of the pass, give each
+multiprocessor a fixed part of their tiles, and need all of it: next to kernels of NCCL, on however few multiprocessors,
+they take twice as long. Computed, not measured."""
 EXPERT_MODULES = ("linear_fc1", "linear_fc2")
 
 
@@ -32,11 +39,13 @@ class Exchange:
     Attributes:
         host_bytes: bytes that each host sends, and receives, over the network.
         seconds: at the rate of the network times NETWORK_EFFICIENCY.
+        late_seconds: the part of them that no backward pass hides.
     """
 
     hosts: int
     host_bytes: float
     seconds: float
+    late_seconds: float
 
     def speed(
         self, alone_seconds: float, compute_seconds: float, micro_batches: int, *, overlapped: bool = False
@@ -46,12 +55,22 @@ class Exchange:
         Args:
             alone_seconds: of one micro batch on one host.
             compute_seconds: of one micro batch on each of the hosts, without the exchange.
-            micro_batches: of each rank in an optimizer step; the exchange follows the last one.
-            overlapped: True for the limit of an exchange that runs while the last backward pass runs. Training does not
-                do that today.
+            micro_batches: of each rank in an optimizer step; the exchange belongs to the last one.
+            overlapped: True for an exchange that runs while the last backward pass runs, as it does in training. False
+                for one that follows the pass.
         """
-        hidden = min(self.seconds, BACKWARD_SHARE * compute_seconds) if overlapped else 0.0
-        return alone_seconds * micro_batches / (compute_seconds * micro_batches + self.seconds - hidden)
+        added = self.added_seconds(BACKWARD_SHARE * compute_seconds) if overlapped else self.seconds
+        return alone_seconds * micro_batches / (compute_seconds * micro_batches + added)
+
+    def added_seconds(self, backward_seconds: float) -> float:
+        """Return by how much the exchange prolongs a step whose last backward pass takes so long alone."""
+        if self.seconds == 0:
+            return 0.0
+        beside = self.seconds - self.late_seconds
+        # The network limits, from the end of the first stage; or the pass does, which is slowed down by the exchange.
+        network = LAST_SHARE * backward_seconds + beside
+        compute = backward_seconds + beside * (1 - 1 / SLOWED)
+        return max(network, compute) - backward_seconds + self.late_seconds
 
 
 def exchange(workload: Workload, layout: Layout, hosts: int, network: float) -> Exchange:
@@ -60,22 +79,50 @@ def exchange(workload: Workload, layout: Layout, hosts: int, network: float) -> 
     network: bytes per second that a host can send, and receive at the same time.
     """
     if hosts == 1:
-        return Exchange(1, 0.0, 0.0)
+        return Exchange(1, 0.0, 0.0, 0.0)
     targets = workload.lora_target_modules
     experts = _parameters(workload, layout, tuple(name for name in targets if name in EXPERT_MODULES))
-    dense = _parameters(workload, layout, tuple(name for name in targets if name not in EXPERT_MODULES))
-    dense += trained_also_parameters(workload, layout)
+    dense = _dense(workload, layout)
+    # A rank holds nothing of other ranks' experts, unless the experts share their adapters.
+    spread = 1 if shares_expert_adapters(workload) else layout.expert_model_parallel_size
     ranks = workload.gpus * hosts
-    sent = 0.0
-    for parameters, parts in (
-        # What the experts share, all ranks hold.
-        (experts, 1 if shares_expert_adapters(workload) else layout.expert_model_parallel_size),
-        (dense, layout.tensor_model_parallel_size),
+    sent = late = 0.0
+    for parameters, parts, late_parameters in (
+        (experts, spread, _late_experts(workload, layout, experts)),
+        (dense, layout.tensor_model_parallel_size, _late_dense(workload, layout, dense)),
     ):
         # Each part of the model has a ring of its own, through all ranks that hold this part.
         members = ranks // parts
-        sent += parts * parameters * GRADIENT_BYTES * 2 * (members - 1) / members
-    return Exchange(hosts, sent, sent / (network * NETWORK_EFFICIENCY))
+        of_parameter = parts * GRADIENT_BYTES * 2 * (members - 1) / members
+        sent += of_parameter * parameters
+        late += of_parameter * late_parameters
+    rate = network * NETWORK_EFFICIENCY
+    return Exchange(hosts, sent, sent / rate, late / rate)
+
+
+def _late_experts(workload: Workload, layout: Layout, experts: float) -> float:
+    """Return how many of the experts' parameters are summed after the backward pass."""
+    # Those that experts of several ranks share are also summed over these ranks, whose group the pass uses.
+    is_after = shares_expert_adapters(workload) and layout.expert_model_parallel_size > 1
+    return experts if is_after else LAST_SHARE * experts
+
+
+def _late_dense(workload: Workload, layout: Layout, dense: float) -> float:
+    """Return how many of a rank's other parameters are summed after the backward pass."""
+    size = layout.tensor_model_parallel_size
+    if size > 1:
+        # Those that TP does not split are first summed over TP, whose group the pass uses.
+        whole = _dense(workload, dataclasses.replace(layout, tensor_model_parallel_size=1))
+        return (size * dense - whole) / (size - 1)
+    # The pass ends with the embedding.
+    embedding = dataclasses.replace(workload, train_also=tuple({*workload.train_also} & {"embeddings"}))
+    last = trained_also_parameters(embedding, layout)
+    return max(last, LAST_SHARE * dense)
+
+
+def _dense(workload: Workload, layout: Layout) -> float:
+    modules = tuple(name for name in workload.lora_target_modules if name not in EXPERT_MODULES)
+    return _parameters(workload, layout, modules) + trained_also_parameters(workload, layout)
 
 
 def _parameters(workload: Workload, layout: Layout, modules: tuple[str, ...]) -> float:

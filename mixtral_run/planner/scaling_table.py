@@ -24,7 +24,11 @@ MICRO_BATCHES = (1, 8)
 
 @dataclass(frozen=True)
 class HostsRow:
-    """A number of hosts. The speeds are parts of the speed of a host alone, for each of MICRO_BATCHES."""
+    """A number of hosts. The speeds are parts of the speed of a host alone, for each of MICRO_BATCHES.
+
+    speeds: if the exchange followed the backward pass. speeds_if_overlapped: expected of training, which exchanges
+    gradients while the last backward pass of a step runs.
+    """
 
     hosts: int
     gpus: int
@@ -119,7 +123,7 @@ def show_scaling(config: PlanConfig, workload: Workload, best: Choice) -> None:
         return
     origin = "given" if found.rate_source == "flag" else "measured on one GPU, times the estimated speed of the layout"
     report.say(
-        "speed: of a host among them, relative to one alone, by the micro batches of a step; in brackets the limit if "
-        "the exchange overlapped the last backward pass"
+        "speed: of a host among them, relative to one alone, by the micro batches of a step, if the exchange followed "
+        "the backward pass; in brackets as training does it, during the last backward pass; computed, not measured"
     )
     report.say(f"one host: {found.tokens_per_second:,.0f} tokens a second and GPU, {origin}")

@@ -13,10 +13,11 @@ from click.testing import CliRunner
 from mixtral_run.cli.main import root
 from mixtral_run.config.verbs.plan import PlanConfig, network_bytes
 from mixtral_run.errors import ConfigError
-from mixtral_run.planner.scaling import Exchange, exchange, shown_hosts
+from mixtral_run.planner.scaling import LAST_SHARE, Exchange, exchange, shown_hosts
 from mixtral_run.planner.scaling_table import ATTENTION_SAVES, MEASURED_RATES, scaling
 from mixtral_run.planner.table import planned_gpu, ranked, workload_of
 from mixtral_run.planner.workload import Layout, Workload
+from mixtral_run.train.steps.exchange import STAGES
 
 DOCS = Path(__file__).parents[3] / "docs"
 ATTENTION, EXPERTS = 37_748_736, 838_860_800
@@ -65,13 +66,41 @@ def test_a_ring_that_is_walked_sends_as_much(hosts: int, each: int) -> None:
 
 
 def test_speed_by_hand() -> None:
-    quick, slow = Exchange(2, 0, 0.04), Exchange(2, 0, 0.3)
+    """Half of 0.2 s is the backward pass. 1/16 of it passes before the exchange begins."""
+    quick, slow, none = Exchange(2, 0, 0.04, 0.006), Exchange(2, 0, 0.3, 0.02), Exchange(1, 0, 0, 0)
     assert quick.speed(0.2, 0.2, 1) == pytest.approx(0.2 / 0.24)
     assert quick.speed(0.2, 0.2, 8) == pytest.approx(1.6 / 1.64)
-    # Half of 0.2 s is the backward pass: it hides all of 0.04 s, and 0.1 of 0.3 s.
-    assert quick.speed(0.2, 0.2, 1, overlapped=True) == 1.0
-    assert slow.speed(0.2, 0.2, 1, overlapped=True) == pytest.approx(0.2 / 0.4)
     assert quick.speed(0.2, 0.25, 1) == pytest.approx(0.2 / 0.29)
+    # The pass limits: in 0.034 s it gets as far as alone in 0.02 s.
+    assert quick.added_seconds(0.1) == pytest.approx(0.014 + 0.006)
+    assert quick.speed(0.2, 0.2, 1, overlapped=True) == pytest.approx(0.2 / 0.22)
+    assert quick.speed(0.2, 0.2, 8, overlapped=True) == pytest.approx(1.6 / 1.62)
+    # The network limits: 0.28 s, of which 0.1 - 0.1 / 16 are hidden, and 0.02 s after the pass.
+    assert slow.speed(0.2, 0.2, 1, overlapped=True) == pytest.approx(0.2 / (0.1 + 0.1 / 16 + 0.28 + 0.02))
+    assert none.speed(0.2, 0.2, 1, overlapped=True) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("layout", "more", "late"),
+    [
+        (Layout(1, 1, "none"), {}, (EXPERTS + ATTENTION) / 16 * 2 * 15 / 16),
+        (Layout(1, 8, "none"), {}, EXPERTS / 16 * 2 * 1 / 2 + ATTENTION / 16 * 2 * 15 / 16),
+        # TP holds qkv's inputs and proj's outputs alike on its two ranks: 16 x (4096 + 4096) in 32 layers.
+        (Layout(2, 1, "none"), {}, EXPERTS / 16 * 2 * 15 / 16 + 2 * 16_777_216 * 2 * 7 / 8),
+        # Adapters that all experts share are 1/8. Where experts are spread they are summed after the pass.
+        (Layout(1, 1, "none"), {"expert_adapters": "shared"}, (EXPERTS / 8 + ATTENTION) / 16 * 2 * 15 / 16),
+        (Layout(1, 2, "none"), {"expert_adapters": "shared"}, (EXPERTS / 8 + ATTENTION / 16) * 2 * 15 / 16),
+        # The embedding comes last: 32,000 x 4,096 in fp32.
+        (Layout(1, 1, "none"), {"train_also": ("embeddings",)}, (EXPERTS / 16 + 524_288_000) * 2 * 15 / 16),
+    ],
+)
+def test_what_no_backward_pass_hides(layout: Layout, more: dict[str, Any], late: float) -> None:
+    found = exchange(Workload(gpus=8, **more), layout, 2, network=50e9)
+    assert found.late_seconds == pytest.approx(late / 40e9)
+
+
+def test_the_last_stage_is_that_of_training() -> None:
+    assert LAST_SHARE == 1 / STAGES
 
 
 def test_shown_hosts() -> None:
@@ -117,8 +146,9 @@ def test_the_tables_of_the_document_are_what_plan_prints() -> None:
     given = "--seq-length", "2048", "--hosts", "16"
     first = plan("--gpu", "h200", *given, "--network", "400Gb")
     second = plan("--gpu", "h100", "--base-precision", "fp8", *given, "--network", "100Gb")
-    shown = cells(first, "│") + cells(second, "│")
-    assert len(shown) == 10 and shown == cells((DOCS / "concepts/scaling.md").read_text(), "|")
+    third = plan("--gpu", "h200", "--gpus", "1", "--seq-length", "2048", "--hosts", "2", "--network", "450GB")
+    shown = [row for text in (first, second, third) for row in cells(text, "│")]
+    assert len(shown) == 12 and shown == cells((DOCS / "concepts/scaling.md").read_text(), "|")
     assert "not measured" in first and "measured on one GPU" in first
 
 
