@@ -68,7 +68,8 @@ def execution(workload: Workload, layout: Layout) -> policy.Execution:
                 module_rank(workload, "linear_fc1") * (2 if has_frozen_start(workload) else 1),
                 kernels=workload.kernels,
             ),
-            peer_access=workload.peer_access and policy.has_peer_access(workload.gpus, workload.gpus_per_host),
+            peer_access=workload.peer_access
+            and policy.has_peer_access(layout.expert_model_parallel_size, workload.gpus, workload.gpus_per_host),
             expert_chunks=layout.expert_chunks,
         )
     )

@@ -143,9 +143,11 @@ def multiplies_in_8_bit(capability: Capability, kernels: str = "auto") -> bool:
     return capability == EIGHT_BIT_CAPABILITY and kernel_set_of(capability, kernels) is KernelSet.HOPPER
 
 
-def has_peer_access(num_gpus: int, gpus_per_host: int) -> bool:
-    """Return True if the GPUs of a job can read each other's memory as far as sizes tell: they are in one host.
+def has_peer_access(expert_size: int, num_gpus: int, gpus_per_host: int) -> bool:
+    """Return True if the GPUs of each expert group can read each other's memory as far as sizes tell: they are in one
+    host.
 
-    Whether the driver allows it is known only in the run (`open_peers` in model/dispatch/symmetric_memory.py).
+    Whether the driver allows it is known only in the run (`open_symmetric_memory` in
+    model/dispatch/symmetric_memory.py).
     """
-    return num_gpus <= gpus_per_host
+    return num_gpus <= gpus_per_host or gpus_per_host % expert_size == 0

@@ -47,20 +47,18 @@ class Exchange:
     seconds: float
     late_seconds: float
 
-    def speed(
-        self, alone_seconds: float, compute_seconds: float, micro_batches: int, *, overlapped: bool = False
-    ) -> float:
+    def speed(self, compute_seconds: float, micro_batches: int, *, overlapped: bool = False) -> float:
         """Return the part of the speed of one host that each host keeps, from 0 to 1.
 
         Args:
-            alone_seconds: of one micro batch on one host.
-            compute_seconds: of one micro batch on each of the hosts, without the exchange.
+            compute_seconds: of one micro batch, without the exchange. Tokens reach the experts in the same way on one
+                host and on several.
             micro_batches: of each rank in an optimizer step; the exchange belongs to the last one.
             overlapped: True for an exchange that runs while the last backward pass runs, as it does in training. False
                 for one that follows the pass.
         """
         added = self.added_seconds(BACKWARD_SHARE * compute_seconds) if overlapped else self.seconds
-        return alone_seconds * micro_batches / (compute_seconds * micro_batches + added)
+        return compute_seconds * micro_batches / (compute_seconds * micro_batches + added)
 
     def added_seconds(self, backward_seconds: float) -> float:
         """Return by how much the exchange prolongs a step whose last backward pass takes so long alone."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 from mixtral_run.config.verbs.plan import DEFAULT_NETWORK, PlanConfig, network_bytes
-from mixtral_run.planner.ranking import Choice, rate_by_tokens, relative_speed
+from mixtral_run.planner.ranking import Choice, rate_by_tokens
 from mixtral_run.planner.scaling import NETWORK_EFFICIENCY, exchange, shown_hosts
 from mixtral_run.planner.workload import Workload
 from mixtral_run.terminal.report import Report
@@ -83,10 +82,8 @@ def _row(
     gpus = hosts * config.gpus
     if seconds is None:
         return HostsRow(hosts, gpus, found.host_bytes, found.seconds, (), ())
-    # Tokens go another way to the experts where a job has several hosts, even if these experts are on the same host.
-    among = seconds * best.relative_speed / relative_speed(dataclasses.replace(workload, gpus=gpus), best.layout)
     speeds, overlapped = (
-        tuple(found.speed(seconds, among, count, overlapped=each) for count in MICRO_BATCHES) for each in (False, True)
+        tuple(found.speed(seconds, count, overlapped=each) for count in MICRO_BATCHES) for each in (False, True)
     )
     return HostsRow(hosts, gpus, found.host_bytes, found.seconds, speeds, overlapped)
 

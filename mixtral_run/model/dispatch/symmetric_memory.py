@@ -1,4 +1,5 @@
-"""Token dispatch through memory that the GPUs of one machine read from each other.
+"""Token dispatch through memory that the GPUs of one machine read from each other. A job may have several machines, if
+each expert group lies within one.
 
 Collectives bring every token to every process of an expert group (all_gather.py); with four processes half of them are
 needed. An all-to-all of permuted tokens has to exchange counts first, which the host waits for. Here nobody sends: each
@@ -19,10 +20,12 @@ The memory is torch's symmetric memory (torch.distributed._symmetric_memory), wi
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -269,7 +272,9 @@ def open_symmetric_memory(
     and all ranks want it; otherwise None. All ranks must call, and get the same.
     """
     able = wanted and dtype is torch.bfloat16 and _can_read_peers(mesh.expert_group, mesh.device)
-    if not everywhere(able, mesh.device):
+    # The sharing of memory would hang between machines: launchers other than torchrun may number the ranks otherwise.
+    is_one_machine = _is_same_on_all(_machine_number(), mesh.expert_group, mesh.device)
+    if not everywhere(able and is_one_machine, mesh.device):
         return None
     exchange = SymmetricMemoryExchange(mesh.expert_group, architecture, max(tokens, architecture.num_experts), dtype)
     for step in (exchange.allocate, exchange.share, partial(_self_test, exchange, architecture, mesh.device, dtype)):
@@ -282,18 +287,39 @@ def open_symmetric_memory(
 
 
 def _can_read_peers(group: dist.ProcessGroup, device: torch.device) -> bool:
-    """Return True if all ranks of the group are on this machine, each on the GPU of its number, and the driver and the
-    environment allow these GPUs to read from each other.
+    """Return True if all ranks of the group are on this machine, each on the GPU of its number there, and the driver
+    and the environment allow these GPUs to read from each other.
+
+    torch's symmetric memory asks for no more: it exchanges addresses through the store of the group, and handles of the
+    memory through sockets of the machine.
     """
     # Users set this where peer reads hang or return wrong bytes, to tell NCCL so.
     if os.environ.get("NCCL_P2P_DISABLE", "0") != "0":
         return False
-    if device.type != "cuda" or os.environ.get("LOCAL_WORLD_SIZE") != str(dist.get_world_size()):
+    if device.type != "cuda":
         return False
-    others = [rank for rank in dist.get_process_group_ranks(group) if rank != device.index]
-    return max(others) < torch.cuda.device_count() and all(
-        torch.cuda.can_device_access_peer(device, other) for other in others
+    # torchrun numbers the ranks of a machine one after the other.
+    first = dist.get_rank() - device.index
+    numbers = [rank - first for rank in dist.get_process_group_ranks(group)]
+    on_machine = range(min(int(os.environ.get("LOCAL_WORLD_SIZE", "0")), torch.cuda.device_count()))
+    return all(number in on_machine for number in numbers) and all(
+        torch.cuda.can_device_access_peer(device, other) for other in numbers if other != device.index
     )
+
+
+def _machine_number() -> int:
+    """Return a number of 62 bits that differs between machines."""
+    # Host names of containers may be equal.
+    booted = Path("/proc/sys/kernel/random/boot_id").read_bytes()
+    return int.from_bytes(hashlib.sha256(booted).digest()[:8]) >> 2
+
+
+def _is_same_on_all(number: int, group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Return True if the number is the same on all ranks of the group. All ranks must call."""
+    ends = torch.tensor([number, -number], device=device)
+    dist.all_reduce(ends, dist.ReduceOp.MAX, group=group)
+    most, least = ends.tolist()
+    return bool(most == -least)
 
 
 def _self_test(

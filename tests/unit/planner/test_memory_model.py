@@ -82,7 +82,8 @@ def test_dispatch_and_capture_follow_the_sizes() -> None:
     assert dispatch(few, 1, 8, "full") is dispatch(few, 2, 4, "none") is Dispatch.SYMMETRIC_MEMORY
     assert dispatch(many, 1, 8, "none") is Dispatch.SYMMETRIC_MEMORY and captured(many, 1, 8, "full")
     assert dispatch(Workload(gpus=8, seq_length=8192), 1, 8, "none") is Dispatch.ALL_TO_ALL
-    for apart in (dataclasses.replace(many, peer_access=False), dataclasses.replace(many, gpus=16)):
+    assert dispatch(dataclasses.replace(many, gpus=16), 1, 8, "none") is Dispatch.SYMMETRIC_MEMORY
+    for apart in (dataclasses.replace(many, peer_access=False), dataclasses.replace(many, gpus=16, gpus_per_host=1)):
         # 7 × 2,048 tokens from other ranks are more than the rows that all-to-all sends.
         assert dispatch(apart, 1, 8, "none") is Dispatch.ALL_TO_ALL and not captured(apart, 1, 8, "full")
         assert dispatch(apart, 1, 2, "none") is dispatch(apart, 2, 4, "none") is Dispatch.ALL_GATHER

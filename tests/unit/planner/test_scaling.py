@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -13,6 +14,7 @@ from click.testing import CliRunner
 from mixtral_run.cli.main import root
 from mixtral_run.config.verbs.plan import PlanConfig, network_bytes
 from mixtral_run.errors import ConfigError
+from mixtral_run.planner.policy import has_peer_access
 from mixtral_run.planner.scaling import LAST_SHARE, Exchange, exchange, shown_hosts
 from mixtral_run.planner.scaling_table import ATTENTION_SAVES, MEASURED_RATES, scaling
 from mixtral_run.planner.table import planned_gpu, ranked, workload_of
@@ -68,16 +70,15 @@ def test_a_ring_that_is_walked_sends_as_much(hosts: int, each: int) -> None:
 def test_speed_by_hand() -> None:
     """Half of 0.2 s is the backward pass. 1/16 of it passes before the exchange begins."""
     quick, slow, none = Exchange(2, 0, 0.04, 0.006), Exchange(2, 0, 0.3, 0.02), Exchange(1, 0, 0, 0)
-    assert quick.speed(0.2, 0.2, 1) == pytest.approx(0.2 / 0.24)
-    assert quick.speed(0.2, 0.2, 8) == pytest.approx(1.6 / 1.64)
-    assert quick.speed(0.2, 0.25, 1) == pytest.approx(0.2 / 0.29)
+    assert quick.speed(0.2, 1) == pytest.approx(0.2 / 0.24)
+    assert quick.speed(0.2, 8) == pytest.approx(1.6 / 1.64)
     # The pass limits: in 0.034 s it gets as far as alone in 0.02 s.
     assert quick.added_seconds(0.1) == pytest.approx(0.014 + 0.006)
-    assert quick.speed(0.2, 0.2, 1, overlapped=True) == pytest.approx(0.2 / 0.22)
-    assert quick.speed(0.2, 0.2, 8, overlapped=True) == pytest.approx(1.6 / 1.62)
+    assert quick.speed(0.2, 1, overlapped=True) == pytest.approx(0.2 / 0.22)
+    assert quick.speed(0.2, 8, overlapped=True) == pytest.approx(1.6 / 1.62)
     # The network limits: 0.28 s, of which 0.1 - 0.1 / 16 are hidden, and 0.02 s after the pass.
-    assert slow.speed(0.2, 0.2, 1, overlapped=True) == pytest.approx(0.2 / (0.1 + 0.1 / 16 + 0.28 + 0.02))
-    assert none.speed(0.2, 0.2, 1, overlapped=True) == 1.0
+    assert slow.speed(0.2, 1, overlapped=True) == pytest.approx(0.2 / (0.1 + 0.1 / 16 + 0.28 + 0.02))
+    assert none.speed(0.2, 1, overlapped=True) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -187,12 +188,26 @@ def test_json_has_the_table() -> None:
     assert values("--gpu", "h200") is None
 
 
-def test_the_other_way_of_tokens_counts() -> None:
-    """With EP8 a job of several hosts has no symmetric memory, so that a host is slower than one alone."""
-    config = PlanConfig(gpus=8, hosts=2, gpu="h200", seq_length=2048, tokens_per_second=8192.0, network="100Tb")
-    workload = workload_of(config, planned_gpu(config))
-    (choice,) = [each for each in ranked(workload, 150e9) if each.layout == Layout(1, 8, "none")]
-    assert scaling(config, workload, choice).rows[1].speeds[1] == pytest.approx(0.78 / 0.92, rel=1e-3)
+def test_tokens_reach_experts_of_the_same_host_alike_in_a_job_of_several() -> None:
+    """With EP8 the GPUs of a host read each other's memory, whether a job has one host or two."""
+    speeds = []
+    for hosts in (1, 2):
+        config = PlanConfig(gpus=8, hosts=2, gpu="h200", seq_length=2048, tokens_per_second=8192.0, network="100Tb")
+        workload = dataclasses.replace(workload_of(config, planned_gpu(config)), gpus=8 * hosts)
+        (choice,) = [each for each in ranked(workload, 150e9) if each.layout == Layout(1, 8, "none")]
+        speeds.append(choice.relative_speed)
+        assert scaling(config, workload, choice).rows[0].speeds == (1.0, 1.0)
+    assert speeds[0] == speeds[1] == pytest.approx(0.92, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("experts", "gpus", "each", "able"),
+    [(8, 8, 8, True), (8, 16, 8, True), (4, 16, 8, True), (8, 16, 4, False), (2, 12, 6, True), (4, 12, 6, False)],
+)
+def test_gpus_read_each_other_where_each_group_of_experts_is_in_one_host(
+    experts: int, gpus: int, each: int, able: bool
+) -> None:
+    assert has_peer_access(experts, gpus, each) == able
 
 
 @pytest.mark.parametrize(

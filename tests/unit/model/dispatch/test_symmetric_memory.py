@@ -21,7 +21,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Pretend four processes on a machine of four GPUs that read from each other; the group has GPUs 0 and 1."""
     monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
     monkeypatch.setattr(dist, "get_process_group_ranks", lambda _: [0, 1])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda *_: True)
@@ -41,8 +41,59 @@ def test_cpus_do_not(machine: pytest.MonkeyPatch) -> None:
 
 
 def test_gpus_of_several_machines_do_not(machine: pytest.MonkeyPatch) -> None:
-    machine.setenv("LOCAL_WORLD_SIZE", "2")
+    machine.setenv("LOCAL_WORLD_SIZE", "1")
     assert not _can_read_peers(GROUP, GPU)
+    machine.delenv("LOCAL_WORLD_SIZE")
+    assert not _can_read_peers(GROUP, GPU)
+
+
+@pytest.mark.parametrize(
+    ("rank", "ranks", "asked", "able"),
+    [
+        (5, [4, 5], [0], True),
+        (5, [4, 5, 6, 7], [0, 2, 3], True),
+        # Two machines of four GPUs: this rank is the second of the second one.
+        (5, [3, 5], [], False),
+        (5, [5, 8], [], False),
+        (5, [1, 5], [], False),
+    ],
+)
+def test_a_group_within_one_of_several_machines_does(
+    machine: pytest.MonkeyPatch, rank: int, ranks: list[int], asked: list[int], able: bool
+) -> None:
+    found: list[Any] = []
+    machine.setattr(dist, "get_rank", lambda: rank)
+    machine.setattr(dist, "get_process_group_ranks", lambda _: ranks)
+    machine.setattr(torch.cuda, "can_device_access_peer", lambda own, other: found.append(other) or own == GPU)
+    assert _can_read_peers(GROUP, GPU) == able
+    assert found == asked
+
+
+@pytest.mark.parametrize(("others", "same"), [([7, 7], True), ([7, 8], False), ([6, 7], False)])
+def test_ranks_compare_their_machines(monkeypatch: pytest.MonkeyPatch, others: list[int], same: bool) -> None:
+    def all_reduce(tensor: torch.Tensor, how: Any, group: Any) -> None:
+        assert how == dist.ReduceOp.MAX and group is GROUP
+        for each in others:
+            torch.maximum(tensor, torch.tensor([each, -each]), out=tensor)
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    assert module._is_same_on_all(7, GROUP, torch.device("cpu")) == same
+    assert 0 < module._machine_number() < 2**62 and module._machine_number() == module._machine_number()
+
+
+@pytest.mark.parametrize("able", [False, True])
+def test_all_ranks_compare_their_machines_also_those_that_are_not_able(machine: pytest.MonkeyPatch, able: bool) -> None:
+    """A rank that left the comparison out would leave the others waiting."""
+    happened: list[str] = []
+
+    class Here:
+        device, expert_group = GPU, GROUP
+
+    machine.setattr(module, "_is_same_on_all", lambda *_: happened.append("compared"))
+    machine.setattr(module, "everywhere", lambda ok, _: happened.append(str(ok)))
+    machine.setattr(torch.cuda, "can_device_access_peer", lambda *_: able)
+    assert open_symmetric_memory(cast(Mesh, Here()), SMALL, 16, torch.bfloat16, wanted=able) is None
+    assert happened == ["compared", str(None if able else False)]
 
 
 def test_gpus_that_the_driver_keeps_apart_do_not(machine: pytest.MonkeyPatch) -> None:
@@ -88,6 +139,7 @@ def test_memory_that_one_process_lacks_is_shared_by_none(
     machine.setattr(module, "SymmetricMemoryExchange", Fake)
     machine.setattr(mesh, "everywhere", lambda ok, _: ok and not (asked and fails == "elsewhere"))
     machine.setattr(module, "everywhere", lambda ok, _: ok)
+    machine.setattr(module, "_is_same_on_all", lambda *_: True)
     assert open_symmetric_memory(cast(Mesh, Here()), SMALL, 16, torch.bfloat16) is None
     assert asked == ["allocate"]
     expected = ["GPUs do not read from each other, exchanges are slower: CUDA out of memory."]
@@ -123,6 +175,7 @@ def test_the_self_test_has_a_row_for_each_expert_however_short_a_step_is(
 
     machine.setattr(module, "SymmetricMemoryExchange", Fake)
     machine.setattr(module, "_can_read_peers", lambda *_: True)
+    machine.setattr(module, "_is_same_on_all", lambda *_: True)
     for each in (mesh, module):
         machine.setattr(each, "everywhere", lambda ok, _: ok)
     assert open_symmetric_memory(cast(Mesh, Here()), SMALL, tokens, torch.bfloat16) is None
