@@ -28,6 +28,7 @@ from mixtral_run.model.mixtral import MixtralModel, ModelSettings, build_model
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh, seed_everything
 from mixtral_run.train.data.samples import GlobalBatch, MicroBatch
 from mixtral_run.train.steps import exchange as module
+from mixtral_run.train.steps.cuda_graph import backward_of
 from mixtral_run.train.steps.exchange import GradientExchange, open_exchange
 from mixtral_run.train.steps.step import Backward, EagerBackward, train_step, trainable
 from tests.multiprocess.conftest import SMALL
@@ -164,6 +165,10 @@ def run(mesh: Mesh, case: Case) -> dict[str, Any]:
         assert exchange is not None
         ways.append(steps_of(mesh, case, exchange, model))
         exchange.close()
+    with backward_of(model, 32) as backward:
+        # What a run gets is what was tried here.
+        assert backward.exchange is not None and len(backward.exchange.stages) == len(exchange.stages)
+    assert not any(each._post_accumulate_grad_hooks for each in trainable(model))
     during = ways[0]
     pairs = list(zip(after["found"], during["found"], strict=True))
     return {

@@ -7,6 +7,7 @@ from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.model.dispatch.local import LocalDispatcher
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh
 from mixtral_run.train.data.samples import GlobalBatch, MicroBatch
+from mixtral_run.train.steps.cuda_graph import backward_of
 from mixtral_run.train.steps.step import MOST_SHORT, Backward, EagerBackward, train_step, trainable
 from tests.unit.model.attention.test_packed_attention import micro_batches
 from tests.unit.model.recompute.test_recompute import model_of
@@ -52,3 +53,11 @@ def test_short_steps_are_taken_again() -> None:
             assert (backward.dispatcher.num_steps, backward.num_retaken) == (tried, len(short))
     assert results[0] == results[1] == results[2]
     assert results[0][0].loss != results[0][-1].loss
+
+
+def test_one_rank_exchanges_nothing_and_watches_no_parameter() -> None:
+    with open_mesh(LaunchConfig(tensor_model_parallel_size=1, expert_model_parallel_size=1, device="cpu")) as mesh:
+        model = model_of(mesh, "none")
+        with backward_of(model, 16) as backward:
+            assert backward.exchange is None
+            assert not any(each._post_accumulate_grad_hooks for each in model.parameters())
