@@ -1,4 +1,5 @@
-"""Policy of execution: which token dispatch a pass through the model uses, and whether it is captured as a CUDA graph.
+"""Policy of execution: which token dispatch a pass through the model uses, whether it is captured as a CUDA graph, and
+whether gradients are summed while it runs.
 
 The planner asks before a run, `train/steps/cuda_graph.py` and `inference/decode.py` ask during it. Both use these
 functions, so that the plan promises what the run does. Pure arithmetic on sizes and the GPU's compute capability.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from mixtral_run.config.launch import layout_name
 from mixtral_run.config.recompute import RUNS_AGAIN
 from mixtral_run.model.dispatch import capacity
 from mixtral_run.model.kernels.requirements import (
@@ -151,3 +153,19 @@ def has_peer_access(expert_size: int, num_gpus: int, gpus_per_host: int) -> bool
     model/dispatch/symmetric_memory.py).
     """
     return num_gpus <= gpus_per_host or gpus_per_host % expert_size == 0
+
+
+def why_sums_follow(tensor_size: int, expert_size: int, context_size: int, *, trains_all: bool = False) -> str | None:
+    """Return why gradients are summed over ranks after the last backward pass of a step; None if they are summed while
+    it runs.
+
+    Only data parallelism alone is known to be safe: with any other parallelism the pass has collectives of its own, and
+    those of two communicators can wait for each other (docs/concepts/scaling.md).
+
+    trains_all: True for training of all weights, which has no memory to spare for buffers of gradients.
+    """
+    if trains_all:
+        return "all weights are trained"
+    if tensor_size * expert_size * context_size == 1:
+        return None
+    return f"the pass has collectives of its own under {layout_name(tensor_size, expert_size, context_size)}"

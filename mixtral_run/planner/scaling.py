@@ -1,9 +1,9 @@
 """Cost of several hosts: bytes and seconds of the exchange of adapter gradients. Standard library and sizes only.
 
 Data parallelism runs over the hosts, tensor and expert parallelism inside each host, so that only gradients travel over
-the network, once for each optimizer step, while its last backward pass runs (train/steps/exchange.py). A ring
-all-reduce over R ranks sends 2 (R - 1) / R times the data. A ring leaves each host once, however many of its ranks the
-host has.
+the network, once for each optimizer step: with data parallelism alone while its last backward pass runs
+(train/steps/exchange.py), in other layouts after it. A ring all-reduce over R ranks sends 2 (R - 1) / R times the data.
+A ring leaves each host once, however many of its ranks the host has.
 
 The exchange is computed, not measured: docs/concepts/scaling.md.
 """
@@ -14,6 +14,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from mixtral_run.config.lora import shares_expert_adapters
+from mixtral_run.planner import policy
 from mixtral_run.planner.workload import Layout, Workload, adapter_parameters, trained_also_parameters
 
 GRADIENT_BYTES = 4
@@ -54,8 +55,8 @@ class Exchange:
             compute_seconds: of one micro batch, without the exchange. Tokens reach the experts in the same way on one
                 host and on several.
             micro_batches: of each rank in an optimizer step; the exchange belongs to the last one.
-            overlapped: True for an exchange that runs while the last backward pass runs, as it does in training. False
-                for one that follows the pass.
+            overlapped: True for the exchange of training, which runs while the last backward pass runs where the layout
+                allows it. False for one that follows the pass.
         """
         added = self.added_seconds(BACKWARD_SHARE * compute_seconds) if overlapped else self.seconds
         return compute_seconds * micro_batches / (compute_seconds * micro_batches + added)
@@ -84,38 +85,30 @@ def exchange(workload: Workload, layout: Layout, hosts: int, network: float) -> 
     # A rank holds nothing of other ranks' experts, unless the experts share their adapters.
     spread = 1 if shares_expert_adapters(workload) else layout.expert_model_parallel_size
     ranks = workload.gpus * hosts
-    sent = late = 0.0
-    for parameters, parts, late_parameters in (
-        (experts, spread, _late_experts(workload, layout, experts)),
-        (dense, layout.tensor_model_parallel_size, _late_dense(workload, layout, dense)),
-    ):
-        # Each part of the model has a ring of its own, through all ranks that hold this part.
-        members = ranks // parts
-        of_parameter = parts * GRADIENT_BYTES * 2 * (members - 1) / members
-        sent += of_parameter * parameters
-        late += of_parameter * late_parameters
+    sent = 0.0
+    # Each part of the model has a ring of its own, through all ranks that hold this part.
+    for parameters, parts in ((experts, spread), (dense, layout.tensor_model_parallel_size)):
+        sent += parts * parameters * _ring_bytes(ranks // parts)
+    late = sent
+    if why_sums_follow(layout) is None:
+        # The pass ends with the embedding, which is a stage of its own.
+        embedding = dataclasses.replace(workload, train_also=tuple({*workload.train_also} & {"embeddings"}))
+        last = max(trained_also_parameters(embedding, layout), LAST_SHARE * dense)
+        late = (LAST_SHARE * experts + last) * _ring_bytes(ranks)
     rate = network * NETWORK_EFFICIENCY
     return Exchange(hosts, sent, sent / rate, late / rate)
 
 
-def _late_experts(workload: Workload, layout: Layout, experts: float) -> float:
-    """Return how many of the experts' parameters are summed after the backward pass."""
-    # Those that experts of several ranks share are also summed over these ranks, whose group the pass uses.
-    is_after = shares_expert_adapters(workload) and layout.expert_model_parallel_size > 1
-    return experts if is_after else LAST_SHARE * experts
+def why_sums_follow(layout: Layout) -> str | None:
+    """Return why training sums gradients after the backward pass in a layout; None if it does while the pass runs."""
+    return policy.why_sums_follow(
+        layout.tensor_model_parallel_size, layout.expert_model_parallel_size, layout.context_parallel_size
+    )
 
 
-def _late_dense(workload: Workload, layout: Layout, dense: float) -> float:
-    """Return how many of a rank's other parameters are summed after the backward pass."""
-    size = layout.tensor_model_parallel_size
-    if size > 1:
-        # Those that TP does not split are first summed over TP, whose group the pass uses.
-        whole = _dense(workload, dataclasses.replace(layout, tensor_model_parallel_size=1))
-        return (size * dense - whole) / (size - 1)
-    # The pass ends with the embedding.
-    embedding = dataclasses.replace(workload, train_also=tuple({*workload.train_also} & {"embeddings"}))
-    last = trained_also_parameters(embedding, layout)
-    return max(last, LAST_SHARE * dense)
+def _ring_bytes(members: int) -> float:
+    """Return the bytes that a ring all-reduce sends for each parameter."""
+    return GRADIENT_BYTES * 2 * (members - 1) / members
 
 
 def _dense(workload: Workload, layout: Layout) -> float:

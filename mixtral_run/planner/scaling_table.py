@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mixtral_run.config.verbs.plan import DEFAULT_NETWORK, PlanConfig, network_bytes
 from mixtral_run.planner.ranking import Choice, rate_by_tokens
-from mixtral_run.planner.scaling import NETWORK_EFFICIENCY, exchange, shown_hosts
+from mixtral_run.planner.scaling import NETWORK_EFFICIENCY, exchange, shown_hosts, why_sums_follow
 from mixtral_run.planner.workload import Workload
 from mixtral_run.terminal.report import Report
 
@@ -26,7 +26,7 @@ class HostsRow:
     """A number of hosts. The speeds are parts of the speed of a host alone, for each of MICRO_BATCHES.
 
     speeds: if the exchange followed the backward pass. speeds_if_overlapped: expected of training, which exchanges
-    gradients while the last backward pass of a step runs.
+    gradients while the last backward pass of a step runs where the layout allows it; elsewhere the same as `speeds`.
     """
 
     hosts: int
@@ -91,14 +91,15 @@ def _row(
 def show_scaling(config: PlanConfig, workload: Workload, best: Choice) -> None:
     """Print the table of hosts, and which of its figures are measured, computed and assumed."""
     found = scaling(config, workload, best)
+    why = why_sums_follow(best.layout)
     columns = ("hosts", "GPUs", "GB a host sends", "exchange ms")
     speeds = tuple(f"speed, {count} micro batch{'es' if count > 1 else ''}" for count in MICRO_BATCHES)
     cells = [
         (
             str(row.hosts), str(row.gpus), f"{row.host_bytes / 1e9:.2f}", f"{row.exchange_seconds * 1e3:.1f}",
             *(
-                f"{speed:.0%} ({limit:.0%})"
-                for speed, limit in zip(row.speeds, row.speeds_if_overlapped, strict=True)
+                f"{speed:.0%} ({expected:.0%})" if why is None else f"{speed:.0%}"
+                for speed, expected in zip(row.speeds, row.speeds_if_overlapped, strict=True)
             ),
         )
         for row in found.rows
@@ -119,8 +120,13 @@ def show_scaling(config: PlanConfig, workload: Workload, best: Choice) -> None:
         )
         return
     origin = "given" if found.rate_source == "flag" else "measured on one GPU, times the estimated speed of the layout"
+    how = f"the exchange follows the backward pass, because {why}"
+    if why is None:
+        how = (
+            "if the exchange followed the backward pass; in brackets as training does it, during the last backward pass"
+        )
     report.say(
-        "speed: of a host among them, relative to one alone, by the micro batches of a step, if the exchange followed "
-        "the backward pass; in brackets as training does it, during the last backward pass; computed, not measured"
+        f"speed: of a host among them, relative to one alone, by the micro batches of a step; {how}; computed, not "
+        "measured"
     )
     report.say(f"one host: {found.tokens_per_second:,.0f} tokens a second and GPU, {origin}")

@@ -43,6 +43,7 @@ from mixtral_run.train.run_loop import (
 from mixtral_run.train.steps.bad_steps import BadSteps
 from mixtral_run.train.steps.cuda_graph import backward_of
 from mixtral_run.train.steps.eager_optimizer import SGD
+from mixtral_run.train.steps.exchange import describe_exchange
 from mixtral_run.train.steps.sgd_in_backward import SgdInBackward
 from mixtral_run.train.steps.step import Backward, Step, adapter_optimizer, optimizer_step, trainable
 from mixtral_run.train.validation import Validation
@@ -96,6 +97,9 @@ def finetune(config: FinetuneConfig) -> None:
                 run.start = resume_run(run, optimizer, config, base)
             prepare_references(run, config, base)
             _report_lora(run, config)
+            when = describe_exchange(model, backward.exchange)
+            if when is not None:
+                report.say(when)
             counts = model.count_choices() if config.router_stats else None
             outcome = Outcome(config, base, data, mesh, report, counts, run.former)
             outcome.start()

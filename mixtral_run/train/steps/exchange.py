@@ -1,17 +1,22 @@
-"""The exchange of gradients while the last backward pass of a step runs.
+"""The exchange of gradients while the last backward pass of a step runs, in jobs of data parallelism alone.
 
 Autograd finishes the layers from the last to the first. Consecutive layers form a stage. When the gradients of a stage
-are complete they are put into one flat buffer for each group of ranks, and become views of it, so that later micro
-batches add to the buffer, the sum over the ranks is taken in place, and nothing is copied back. The sum of a stage
-begins while the pass still computes the stages below.
+are complete they are put into one flat buffer for each dtype, and become views of it, so that later micro batches add
+to the buffer, the sum over the ranks is taken in place, and nothing is copied back. The sum of a stage begins while the
+pass still computes the stages below.
 
 In an eager pass hooks start the sums. In a pass that is captured as a CUDA graph the hooks record an event for each
 stage, and the host enqueues the sums, each behind its event, when it has launched the graph of the last micro batch. No
 sum is part of a graph, so the same graph serves all micro batches.
 
 All ranks call the same sums in the same order: stages always follow each other, and the end of the pass starts those
-that are left, such as one in which a parameter of this rank got no gradient. A group whose collectives also run within
-the pass is left out, because the order in it would depend on the pass: the parameters that need it are `rest`.
+that are left, such as one in which a parameter of this rank got no gradient.
+
+Why data parallelism alone (`policy.why_sums_follow`): the sums are the only collectives of GPUs between the begin and
+the end of a pass, all of one communicator, in one order on all ranks. No kernel of the pass waits for another rank, nor
+for programs of its own grid that have not started, so a sum that holds multiprocessors delays the pass and never stops
+it. By induction over the sums each one is reached by all ranks and ends, whatever the host waits for in between. With
+TP, EP or CP the pass has collectives of its own, and none of that holds: docs/concepts/scaling.md.
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ from torch import Tensor
 
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh
-from mixtral_run.model.parallel.param_sharding import is_expert, is_partial, is_shared
+from mixtral_run.planner import policy
 
 STAGES = 16
 """About this many stages share the gradients. The sum of the last one cannot overlap the pass, and a sum of few bytes
@@ -41,19 +46,14 @@ ALIGNMENT_BYTES = 128
 
 
 @dataclass(frozen=True)
-class Part:
-    """Parameters of a stage, of one dtype, whose gradients are summed over one group."""
-
-    group: dist.ProcessGroup
-    parameters: tuple[torch.nn.Parameter, ...]
-
-
-@dataclass(frozen=True)
 class Stage:
-    """Consecutive layers, whose sums start together. lowest: number of the layer that the pass finishes last."""
+    """Consecutive layers, whose sums start together.
+
+    lowest: number of the layer that the pass finishes last. parts: the parameters, those of one dtype together.
+    """
 
     lowest: int
-    parts: tuple[Part, ...]
+    parts: tuple[tuple[torch.nn.Parameter, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -86,21 +86,18 @@ class Flat:
 
 
 class GradientExchange:
-    """Sums of a model's gradients over ranks, which overlap the backward pass. One object for a run.
+    """Sums of a model's gradients over all ranks, which overlap the backward pass. One object for a run.
 
     Attributes:
-        rest: parameters that are not summed here. They are summed after the pass.
         flats: the gradients of each stage; None for a stage that has none yet. A captured pass sets those of its graph.
         is_last: True if the sums may start in the pass that comes next, because it is the step's last one.
     """
 
     def __init__(self, model: MixtralModel) -> None:
-        self._device = model.mesh.device
+        self._device, self._group = model.mesh.device, model.mesh.data_group
         named = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
-        groups = groups_of([each for _, each in named], model.mesh)
-        layers = {each: layer_of(name, model.architecture.num_layers) for name, each in named if each in groups}
-        self.stages = stages_of(layers, groups)
-        self.rest = [each for _, each in named if each not in groups]
+        layers = {each: layer_of(name, model.architecture.num_layers) for name, each in named}
+        self.stages = stages_of(layers)
         self.flats: list[tuple[Flat, ...] | None] = [None] * len(self.stages)
         self.is_last = False
         self._works: list[dist.Work] = []
@@ -183,11 +180,10 @@ class GradientExchange:
     @torch.no_grad()
     def _fill(self, number: int, stage: Stage) -> None:
         flats = self.flats[number]
-        parts = [part.parameters for part in stage.parts]
-        if flats is not None and all(flat.holds(part) for flat, part in zip(flats, parts, strict=True)):
+        if flats is not None and all(flat.holds(part) for flat, part in zip(flats, stage.parts, strict=True)):
             return
-        self.flats[number] = flats = tuple(Flat.of(part) for part in parts)
-        for flat, part in zip(flats, parts, strict=True):
+        self.flats[number] = flats = tuple(Flat.of(part) for part in stage.parts)
+        for flat, part in zip(flats, stage.parts, strict=True):
             for view, parameter in zip(flat.views, part, strict=True):
                 parameter.grad = view
 
@@ -197,8 +193,8 @@ class GradientExchange:
         flats = self.flats[number]
         assert flats is not None, "the sums of a stage start when it has gradients"
         with self._behind(number):
-            for flat, part in zip(flats, self.stages[number].parts, strict=True):
-                work = dist.all_reduce(flat.buffer, group=part.group, async_op=True)
+            for flat in flats:
+                work = dist.all_reduce(flat.buffer, group=self._group, async_op=True)
                 assert work is not None
                 self._works.append(work)
 
@@ -211,38 +207,30 @@ class GradientExchange:
 
 
 def open_exchange(model: MixtralModel) -> GradientExchange | None:
-    """Return the exchange for a run that trains adapters; None if no gradient is summed that could overlap the pass.
+    """Return the exchange for a run; None if gradients are summed after the pass, or there is nothing to sum.
 
-    Training of all weights has buffers for a layer neither to spare nor to gain from. The same on all ranks.
+    The same on all ranks.
     """
-    if model.settings.lora is None:
+    if model.mesh.world_size == 1 or _why_sums_follow(model) is not None:
         return None
-    trained = [each for each in model.parameters() if each.requires_grad]
-    return GradientExchange(model) if groups_of(trained, model.mesh) else None
+    return GradientExchange(model)
 
 
-def groups_of(parameters: Sequence[torch.nn.Parameter], mesh: Mesh) -> dict[torch.nn.Parameter, dist.ProcessGroup]:
-    """Return the group over which a parameter's gradient is summed, for those that one group serves and whose group has
-    no collective within the pass.
-    """
-    busy = [mesh.tensor_group, mesh.expert_group, *([mesh.context_group] if mesh.context_size > 1 else [])]
-    data, experts = mesh.data_group, mesh.expert_data_group
-    # Groups of the same ranks are one, so that a stage needs one sum.
-    if data not in busy and dist.get_process_group_ranks(data) == dist.get_process_group_ranks(experts):
-        experts = data
-    found = {}
-    for parameter in parameters:
-        groups = [data]
-        if is_expert(parameter):
-            groups = [experts]
-        elif is_shared(parameter):
-            groups = [mesh.expert_group, experts]
-        elif is_partial(parameter):
-            groups = [mesh.tensor_group, data]
-        groups = [each for each in groups if each.size() > 1]
-        if len(groups) == 1 and groups[0] not in busy:
-            found[parameter] = groups[0]
-    return found
+def describe_exchange(model: MixtralModel, exchange: GradientExchange | None) -> str | None:
+    """Return when the gradients of a run are summed, and why not earlier, for its log; None for a job of one rank."""
+    mesh = model.mesh
+    if mesh.world_size == 1:
+        return None
+    if exchange is not None:
+        return f"Gradients are summed during the backward pass, in {len(exchange.stages)} stages"
+    return f"Gradients are summed after the backward pass: {_why_sums_follow(model)}"
+
+
+def _why_sums_follow(model: MixtralModel) -> str | None:
+    mesh: Mesh = model.mesh
+    return policy.why_sums_follow(
+        mesh.tensor_size, mesh.expert_size, mesh.context_size, trains_all=model.settings.lora is None
+    )
 
 
 def layer_of(name: str, num_layers: int) -> int:
@@ -253,10 +241,8 @@ def layer_of(name: str, num_layers: int) -> int:
     return -1 if "embedding" in name else num_layers
 
 
-def stages_of(
-    layers: dict[torch.nn.Parameter, int], groups: dict[torch.nn.Parameter, dist.ProcessGroup]
-) -> list[Stage]:
-    """Return the stages in the order in which a backward pass finishes them."""
+def stages_of(layers: dict[torch.nn.Parameter, int]) -> list[Stage]:
+    """Return the stages of parameters, given with their layers, in the order in which a backward pass finishes them."""
     total = sum(_bytes_of(each) for each in layers)
     limit = min(max(total / STAGES, LEAST_BYTES), MOST_BYTES)
     stages: list[Stage] = []
@@ -264,25 +250,20 @@ def stages_of(
     for number in sorted(set(layers.values()), reverse=True):
         own = [each for each, layer in layers.items() if layer == number]
         if waiting and sum(map(_bytes_of, waiting + own)) > MOST_BYTES:
-            stages.append(Stage(number + 1, _parts_of(waiting, groups)))
+            stages.append(Stage(number + 1, _parts_of(waiting)))
             waiting = []
         waiting += own
         if sum(map(_bytes_of, waiting)) >= limit:
-            stages.append(Stage(number, _parts_of(waiting, groups)))
+            stages.append(Stage(number, _parts_of(waiting)))
             waiting = []
     if waiting:
-        stages.append(Stage(min(layers.values()), _parts_of(waiting, groups)))
+        stages.append(Stage(min(layers.values()), _parts_of(waiting)))
     return stages
 
 
-def _parts_of(
-    parameters: Sequence[torch.nn.Parameter], groups: dict[torch.nn.Parameter, dist.ProcessGroup]
-) -> tuple[Part, ...]:
-    kinds = dict.fromkeys((groups[each], each.dtype) for each in parameters)
-    return tuple(
-        Part(group, tuple(each for each in parameters if (groups[each], each.dtype) == (group, dtype)))
-        for group, dtype in kinds
-    )
+def _parts_of(parameters: Sequence[torch.nn.Parameter]) -> tuple[tuple[torch.nn.Parameter, ...], ...]:
+    kinds = dict.fromkeys(each.dtype for each in parameters)
+    return tuple(tuple(each for each in parameters if each.dtype == kind) for kind in kinds)
 
 
 def _bytes_of(parameter: Tensor) -> int:

@@ -75,6 +75,9 @@ class Backward(ABC):
         objective: Objective | None = None,
         exchange: GradientExchange | None = None,
     ) -> None:
+        assert exchange is None or dispatcher is None, (
+            "a step that may be taken again sums its gradients after the pass"
+        )
         self.model = model
         self.dispatcher = dispatcher
         self.objective = objective or NextToken()
@@ -183,20 +186,18 @@ def train_step(
     # The same as `trainable`, whose search through the model would let the GPU wait for a millisecond.
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
     if backward is None or backward.num_short >= MOST_SHORT:
-        backward = unlimited_backward(model, backward)
+        backward = EagerBackward(model, objective=backward.objective if backward is not None else None)
     objective, exchange = backward.objective, backward.exchange
     objective.prepare(model, batch.micro_batches, batch.num_loss_tokens, batch.num_text_tokens, backward.evaluated)
     total = gradients_of(batch, parameters, backward)
     if not backward.was_whole():
-        if exchange is not None:
-            # The wrong gradients may be on their way: on all ranks alike, since all take the step again.
-            exchange.wait()
-        total = gradients_of(batch, parameters, unlimited_backward(model, backward))
+        total = gradients_of(batch, parameters, EagerBackward(model, objective=objective))
     if model.router_counts is not None:
         model.router_counts.end_step()
     if exchange is not None:
         exchange.wait()
-    sum_gradients(parameters if exchange is None else exchange.rest, mesh)
+    else:
+        sum_gradients(parameters, mesh)
     norm = gradient_norm(parameters, mesh)
     read = begin_reading(torch.cat((sum_over(total, mesh.data_group), norm.double().reshape(1))))
     result: StepResult | None = None
@@ -208,13 +209,6 @@ def train_step(
     apply_gradients(optimizer, factor)
     # The GPU may still be at the optimizer while the host prepares the next step.
     return result or result_of(read(), batch, objective)
-
-
-def unlimited_backward(model: MixtralModel, backward: Backward | None) -> EagerBackward:
-    """Return the eager pass with the layers' own dispatch, and the objective and the exchange of another pass."""
-    if backward is None:
-        return EagerBackward(model)
-    return EagerBackward(model, objective=backward.objective, exchange=backward.exchange)
 
 
 def begin_reading(found: Tensor) -> Callable[[], list[float]]:

@@ -93,6 +93,8 @@ def test_finetune_prints_what_people_know(adapter: Path) -> None:
     assert "4 iterations of 4 are 4.0 epochs" in out
     assert "target modules: linear_qkv, linear_proj, linear_fc1, linear_fc2 (one adapter per expert)" in out
     assert re.search(r"trainable parameters: [\d,]+ of [\d,]+ \(\d+\.\d+%\)", out)
+    assert out.count("Gradients are summed") == 1
+    assert "Gradients are summed after the backward pass: the pass has collectives of its own under TP2/EP2\n" in out
     line = next(line for line in out.splitlines() if line.startswith("iteration 4/4 | "))
     for part in ("lm loss: ", "tokens/s: ", "TFLOP/s/process: ", "peak GB: ", "ETA: ", "learning rate: 1.000E-04"):
         assert part in line

@@ -85,12 +85,7 @@ def test_speed_by_hand() -> None:
     ("layout", "more", "late"),
     [
         (Layout(1, 1, "none"), {}, (EXPERTS + ATTENTION) / 16 * 2 * 15 / 16),
-        (Layout(1, 8, "none"), {}, EXPERTS / 16 * 2 * 1 / 2 + ATTENTION / 16 * 2 * 15 / 16),
-        # TP holds qkv's inputs and proj's outputs alike on its two ranks: 16 x (4096 + 4096) in 32 layers.
-        (Layout(2, 1, "none"), {}, EXPERTS / 16 * 2 * 15 / 16 + 2 * 16_777_216 * 2 * 7 / 8),
-        # Adapters that all experts share are 1/8. Where experts are spread they are summed after the pass.
         (Layout(1, 1, "none"), {"expert_adapters": "shared"}, (EXPERTS / 8 + ATTENTION) / 16 * 2 * 15 / 16),
-        (Layout(1, 2, "none"), {"expert_adapters": "shared"}, (EXPERTS / 8 + ATTENTION / 16) * 2 * 15 / 16),
         # The embedding comes last: 32,000 x 4,096 in fp32.
         (Layout(1, 1, "none"), {"train_also": ("embeddings",)}, (EXPERTS / 16 + 524_288_000) * 2 * 15 / 16),
     ],
@@ -98,6 +93,28 @@ def test_speed_by_hand() -> None:
 def test_what_no_backward_pass_hides(layout: Layout, more: dict[str, Any], late: float) -> None:
     found = exchange(Workload(gpus=8, **more), layout, 2, network=50e9)
     assert found.late_seconds == pytest.approx(late / 40e9)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(1, 8, "none"), Layout(2, 1, "none"), Layout(2, 4, "none"), Layout(1, 1, "none", context_parallel_size=2)],
+)
+def test_with_other_parallelism_nothing_is_hidden(layout: Layout) -> None:
+    """The pass has collectives of its own, and training sums after it."""
+    found = exchange(Workload(gpus=8), layout, 2, network=50e9)
+    assert found.late_seconds == found.seconds > 0
+    for count in (1, 8):
+        assert found.speed(0.2, count, overlapped=True) == pytest.approx(found.speed(0.2, count)) and (
+            found.speed(0.2, count) < 1
+        )
+
+
+def test_plan_says_why_the_exchange_follows_the_pass() -> None:
+    words = ("--seq-length", "2048", "--hosts", "2", "--tokens-per-second", "8192")
+    alone, spread = plan("--gpu", "h200", *words), plan("--gpu", "h100", *words)
+    assert "TP1/EP1 inside each host" in alone and "in brackets as training does it" in alone and "%)" in alone
+    assert "TP1/EP2 inside each host" in spread and "brackets" not in spread and "%)" not in spread
+    assert "follows the backward pass, because the pass has collectives of its own under TP1/EP2" in spread
 
 
 def test_the_last_stage_is_that_of_training() -> None:

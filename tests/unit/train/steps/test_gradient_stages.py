@@ -8,89 +8,56 @@ from typing import Any
 import pytest
 import torch
 
-from mixtral_run.model.parallel.param_sharding import mark
+from mixtral_run.model.dispatch.local import LocalDispatcher
 from mixtral_run.train.steps import exchange as module
-from mixtral_run.train.steps.exchange import Flat, groups_of, layer_of, stages_of
+from mixtral_run.train.steps.exchange import Flat, describe_exchange, layer_of, open_exchange, stages_of
+from mixtral_run.train.steps.step import EagerBackward
 
 MIB = 1024**2
 
 
-class Group:
-    """STAND-IN for a process group of these ranks."""
-
-    def __init__(self, *ranks: int) -> None:
-        self.ranks = list(ranks)
-
-    def size(self) -> int:
-        return len(self.ranks)
+def parameter(mib: float = 1, dtype: torch.dtype = torch.float32) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.empty(int(mib * MIB) // dtype.itemsize, dtype=dtype, device="meta"))
 
 
-@pytest.fixture(autouse=True)
-def ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.distributed, "get_process_group_ranks", lambda group: group.ranks)
+def model_on(world: int, tp: int = 1, ep: int = 1, cp: int = 1, *, lora: bool = True) -> Any:
+    """Return what the gate reads of a model."""
+    mesh = SimpleNamespace(world_size=world, tensor_size=tp, expert_size=ep, context_size=cp)
+    return SimpleNamespace(mesh=mesh, settings=SimpleNamespace(lora=object() if lora else None))
 
 
-def mesh_of(context_size: int = 1, **groups: Group) -> Any:
-    names = ("tensor_group", "expert_group", "data_group", "expert_data_group", "context_group")
-    return SimpleNamespace(context_size=context_size, **{name: groups.get(name, Group(0)) for name in names})
+@pytest.mark.parametrize(
+    ("words", "lora", "why"),
+    [
+        ((2,), True, None),
+        ((64,), True, None),
+        ((2,), False, "all weights are trained"),
+        ((8, 2, 4), True, "the pass has collectives of its own under TP2/EP4"),
+        ((2, 2, 1), True, "the pass has collectives of its own under TP2/EP1"),
+        ((2, 1, 2), True, "the pass has collectives of its own under TP1/EP2"),
+        ((2, 1, 1, 2), True, "the pass has collectives of its own under TP1/CP2/EP1"),
+    ],
+)
+def test_only_data_parallelism_alone_overlaps(
+    monkeypatch: pytest.MonkeyPatch, words: tuple[int, ...], lora: bool, why: str | None
+) -> None:
+    monkeypatch.setattr(module, "GradientExchange", lambda _: SimpleNamespace(stages=[1, 2, 3]))
+    model = model_on(*words, lora=lora)
+    exchange = open_exchange(model)
+    assert (exchange is None) == (why is not None)
+    during = "Gradients are summed during the backward pass, in 3 stages"
+    found = describe_exchange(model, exchange)
+    assert found == (during if why is None else f"Gradients are summed after the backward pass: {why}")
 
 
-def parameter(mib: float = 1, dtype: torch.dtype = torch.float32, **marks: bool) -> torch.nn.Parameter:
-    found = torch.nn.Parameter(torch.empty(int(mib * MIB) // dtype.itemsize, dtype=dtype, device="meta"))
-    mark(found, **marks)
-    return found
+def test_one_rank_sums_nothing_and_says_nothing() -> None:
+    assert open_exchange(model_on(1)) is None and describe_exchange(model_on(1), None) is None
 
 
-EXPERT, SHARED, PARTIAL, DENSE = (parameter(**{name: True}) for name in ("expert", "shared", "partial", "split"))
-ALL = (EXPERT, SHARED, PARTIAL, DENSE)
-
-
-def groups(**given: Any) -> list[Group | None]:
-    found = groups_of(ALL, mesh_of(**given))
-    return [found.get(each) for each in ALL]  # type: ignore[misc]
-
-
-def test_alone_there_is_nothing_to_sum() -> None:
-    assert groups() == [None] * 4
-
-
-def test_data_parallelism_alone_has_one_group_for_all() -> None:
-    data, experts = Group(0, 1), Group(0, 1)
-    assert groups(data_group=data, expert_data_group=experts) == [data] * 4
-
-
-def test_spread_experts_have_a_group_of_their_own_and_what_they_share_is_left() -> None:
-    data, experts = Group(0, 1, 2, 3), Group(0, 2)
-    found = groups(data_group=data, expert_data_group=experts, expert_group=Group(0, 1))
-    assert found == [experts, None, data, data]
-
-
-def test_experts_that_are_spread_over_all_ranks_need_no_sum() -> None:
-    data = Group(0, 1)
-    assert groups(data_group=data, expert_group=Group(0, 1)) == [None, None, data, data]
-
-
-def test_partial_gradients_are_left_under_tensor_parallelism() -> None:
-    data, experts = Group(0, 2), Group(0, 1, 2, 3)
-    assert groups(data_group=data, expert_data_group=experts, tensor_group=Group(0, 1)) == [
-        experts,
-        experts,
-        None,
-        data,
-    ]
-
-
-def test_tensor_parallelism_over_all_ranks_sums_the_experts_only() -> None:
-    experts = Group(0, 1)
-    # A partial gradient needs the sum over TP alone, whose group the pass uses.
-    assert groups(expert_data_group=experts, tensor_group=Group(0, 1)) == [experts, experts, None, None]
-
-
-def test_a_group_that_attention_uses_is_left() -> None:
-    """Where CP takes all ranks, its group and that of the replicas are the same object."""
-    everyone, experts = Group(0, 1), Group(0, 1)
-    given = {"data_group": everyone, "context_group": everyone, "expert_data_group": experts}
-    assert groups(context_size=2, **given) == [experts, experts, None, None]
+def test_a_pass_that_may_be_taken_again_does_not_overlap() -> None:
+    """Its wrong gradients would be on their way."""
+    with pytest.raises(AssertionError, match="taken again"):
+        EagerBackward(model_on(2), LocalDispatcher(8), None, module.GradientExchange.__new__(module.GradientExchange))
 
 
 @pytest.mark.parametrize(
@@ -109,13 +76,10 @@ def test_layers(name: str, layer: int) -> None:
 def sizes_of(sizes: dict[int, float], dtype: torch.dtype = torch.float32) -> list[tuple[int, float]]:
     """Return the lowest layer and the MiB of each stage, for the MiB of layers."""
     layers = {parameter(mib, dtype): number for number, mib in sizes.items()}
-    group = Group(0, 1)
-    stages = stages_of(layers, dict.fromkeys(layers, group))  # type: ignore[arg-type]
-    found = [each for stage in stages for part in stage.parts for each in part.parameters]
+    stages = stages_of(layers)
+    found = [each for stage in stages for part in stage.parts for each in part]
     assert [layers[each] for each in found] == sorted(sizes, reverse=True)
-    return [
-        (stage.lowest, sum(each.nbytes for part in stage.parts for each in part.parameters) / MIB) for stage in stages
-    ]
+    return [(stage.lowest, sum(each.nbytes for part in stage.parts for each in part) / MIB) for stage in stages]
 
 
 def test_a_stage_has_about_a_sixteenth() -> None:
@@ -142,14 +106,11 @@ def test_a_large_layer_is_not_joined_to_what_waits_before_it() -> None:
     assert sizes_of({2: 20.0, 1: 250.0, 0: 280.0}) == [(2, 20.0), (1, 250.0), (0, 280.0)]
 
 
-def test_parts_have_one_group_and_one_dtype() -> None:
+def test_parts_have_one_dtype() -> None:
     each = [parameter(), parameter(dtype=torch.bfloat16), parameter(), parameter()]
-    one, other = Group(0, 1), Group(0, 2)
-    chosen = dict(zip(each, (one, one, other, one), strict=True))
-    (stage,) = stages_of(dict.fromkeys(each, 0), chosen)  # type: ignore[arg-type]
+    (stage,) = stages_of(dict.fromkeys(each, 0))
     places = {id(parameter): place for place, parameter in enumerate(each)}
-    found = [(part.group, [places[id(parameter)] for parameter in part.parameters]) for part in stage.parts]
-    assert found == [(one, [0, 3]), (one, [1]), (other, [2])]
+    assert [[places[id(parameter)] for parameter in part] for part in stage.parts] == [[0, 2, 3], [1]]
 
 
 def test_a_flat_buffer_has_aligned_views_and_zeros_for_what_is_missing() -> None:
@@ -169,8 +130,7 @@ def test_a_gradient_that_comes_late_is_an_error() -> None:
     """It would be missing in the sum, in silence."""
     low, high = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
     exchange = module.GradientExchange.__new__(module.GradientExchange)
-    group = Group(0, 1)
-    exchange.stages = [module.Stage(1, (module.Part(group, (high,)),)), module.Stage(0, (module.Part(group, (low,)),))]  # type: ignore[arg-type]
+    exchange.stages = [module.Stage(1, ((high,),)), module.Stage(0, ((low,),))]
     exchange.flats, exchange._events = [None, None], []
     for each, layer in ((low, 0), (high, 1)):
         each.register_post_accumulate_grad_hook(lambda _, layer=layer: exchange._reached(layer))
