@@ -24,7 +24,8 @@ from mixtral_run.weights.load.read_parts import Part, checksums_of, read_parts
 from mixtral_run.weights.manifest.describe import BaseDescription
 from mixtral_run.weights.mapping.row_index import Slice
 from mixtral_run.weights.quantized_cache import layout
-from mixtral_run.weights.quantized_cache.writer import CacheBuilder, CacheNotWritten, Writer, begin, os_error_text
+from mixtral_run.weights.quantized_cache.write_experts import Writer
+from mixtral_run.weights.quantized_cache.writer import CacheBuilder, CacheNotWritten, begin, os_error_text
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,7 @@ class CacheBuild:
         self._report_failure = report_failure
 
     def add(self, layer: int, experts: Experts) -> None:
-        """Write the quantized experts of a layer, which must not change afterwards."""
+        """Have the quantized experts of a layer written, which must not change afterwards."""
         if self._writer is not None:
             self._writer.add(layer, stored_tensors(experts))
 
@@ -242,7 +243,7 @@ class CacheBuild:
     def abandon(self) -> None:
         """Remove the unfinished cache."""
         if self._writer is not None:
-            self._writer.finish()
+            self._writer.abandon()
         if self._builder is not None:
             self._builder.abandon()
 

@@ -1,4 +1,6 @@
-"""Write the cache that layout.py describes: each rank writes its experts, and a complete folder is renamed into place.
+"""Begin and end the cache that layout.py describes: a complete folder is renamed into place.
+
+Each rank writes its experts into the files with a Writer (write_experts.py).
 
 No failure to write a cache ends a training run: it is raised as CacheNotWritten, with the reason for the warning.
 """
@@ -10,25 +12,16 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from isal.isal_zlib import crc32
+from typing import Any
 
 from mixtral_run.run_lock import reaches_other_hosts
-from mixtral_run.weights.hf.safetensors_files import TensorEntry
 from mixtral_run.weights.io.atomic_folder import GIB, free_bytes
-from mixtral_run.weights.io.disk import allocate
+from mixtral_run.weights.io.disk import allocate, is_in_memory
 from mixtral_run.weights.io.files import sync_path
 from mixtral_run.weights.manifest.manifest import is_kind, write_manifest
-from mixtral_run.weights.quantized_cache.layout import KIND, Files, cache_folder, tensor_name
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-BLOCK_BYTES = 8 * 2**20
+from mixtral_run.weights.quantized_cache.layout import KIND, Files, cache_folder
 
 
 class CacheNotWritten(Exception):
@@ -93,8 +86,10 @@ def begin(base: Path, wanted: Files, reserve_bytes: int, is_there: Callable[[], 
         _check_disk_space(base, wanted.num_bytes, reserve_bytes)
         files = Files(work, wanted.architecture, wanted.precision)
         work.mkdir()
+        # On tmpfs that would fill all of the memory with zeros before anything is read.
+        reserve = not is_in_memory(base)
         for layer in range(files.architecture.num_layers):
-            _begin_file(files, layer)
+            _begin_file(files, layer, reserve=reserve)
         return CacheBuilder(final, files, lock, lock_file)
     except BaseException as error:
         shutil.rmtree(work, ignore_errors=True)
@@ -130,11 +125,12 @@ def _check_disk_space(base: Path, needed: int, reserve_bytes: int) -> None:
         )
 
 
-def _begin_file(files: Files, layer: int) -> None:
+def _begin_file(files: Files, layer: int, *, reserve: bool) -> None:
     descriptor = os.open(files.file(layer), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
         size = files.file_bytes(layer)
-        allocate(descriptor, 0, size)
+        if reserve:
+            allocate(descriptor, 0, size)
         os.ftruncate(descriptor, size)
         os.pwrite(descriptor, files.header(layer), 0)
     finally:
@@ -169,71 +165,3 @@ def _unlock(descriptor: int, lock_file: Path) -> None:
     with suppress(OSError):
         lock_file.unlink(missing_ok=True)
     os.close(descriptor)
-
-
-class Writer:
-    """Writes one rank's experts in a thread of its own, at most one layer behind.
-
-    first_expert: the number of the first expert of this rank. After an error `failure` has its text, and nothing more
-    is written.
-    """
-
-    def __init__(self, files: Files, first_expert: int) -> None:
-        self._files = files
-        self._first = first_expert
-        self._pool = ThreadPoolExecutor(1, "quantized-cache")
-        self._pending: Future[None] | None = None
-        self.checksums: dict[str, int] = {}
-        self.failure: str | None = None
-
-    def add(self, layer: int, tensors: Mapping[tuple[str, str], Tensor]) -> None:
-        """Write a layer's experts. tensors: (linear, part) → [local experts, …], which the caller must not change.
-
-        Returns once the previous layer is written.
-        """
-        on_cpu = {key: tensor.cpu() for key, tensor in tensors.items()} if self.failure is None else {}
-        self._wait()
-        if self.failure is None:
-            self._pending = self._pool.submit(self._write, layer, on_cpu)
-
-    def finish(self) -> None:
-        """Wait until everything that was added is on the disk or has failed."""
-        self._wait()
-        self._pool.shutdown()
-
-    def _wait(self) -> None:
-        if self._pending is None:
-            return
-        error = self._pending.exception()
-        self._pending = None
-        if isinstance(error, OSError):
-            self.failure = os_error_text(error)
-        elif error is not None:
-            raise error
-
-    def _write(self, layer: int, tensors: Mapping[tuple[str, str], Tensor]) -> None:
-        entries = self._files.entries(layer)
-        descriptor = os.open(self._files.file(layer), os.O_WRONLY)
-        try:
-            for (linear, part), stacked in tensors.items():
-                for index, tensor in enumerate(stacked.unbind(0)):
-                    name = tensor_name(layer, self._first + index, linear, part)
-                    self.checksums[name] = _write_tensor(descriptor, entries[name], tensor)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _write_tensor(descriptor: int, entry: TensorEntry, tensor: Tensor) -> int:
-    """Write a tensor's bytes; return their CRC-32."""
-    import torch
-
-    data = tensor.contiguous().view(-1).view(torch.uint8).numpy().data.cast("B")
-    assert len(data) == entry.num_bytes, f"{entry.name}: {len(data)} bytes for {entry.num_bytes}"
-    crc, done = 0, 0
-    while done < len(data):
-        block = data[done : done + BLOCK_BYTES]
-        written = os.pwrite(descriptor, block, entry.start + done)
-        crc = crc32(block[:written], crc)
-        done += written
-    return crc

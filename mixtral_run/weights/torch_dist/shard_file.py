@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,14 +20,14 @@ from torch import Tensor
 
 from mixtral_run.weights.io.daemon_threads import map_in_daemons
 from mixtral_run.weights.io.disk import allocate, is_in_memory
+from mixtral_run.weights.io.host_parts import ToHost, host_parts
 from mixtral_run.weights.io.mmap_writer import MappedWriter
+from mixtral_run.weights.io.pwrite import write_whole
 from mixtral_run.weights.torch_dist.item_writer import PAGE, Frame, frame
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _RUN_BYTES = 16 * 2**20
 """Bytes of neighboring items that one thread writes at a time, about."""
-_PART_BYTES = 4 * 2**20
-"""Most bytes that each thread has copied from a GPU and not yet written."""
 
 
 @dataclass(frozen=True)
@@ -111,17 +111,17 @@ def _frame(shape: tuple[int, ...], dtype: torch.dtype) -> Frame:
 def _write_run(descriptor: int, run: Sequence[_Item], *, is_mapped: bool) -> int:
     """Write neighboring items, and return the CRC-32 of their bytes and of the zeros between them."""
     limits = run[0].start, run[-1].end
-    to_host = _ToHost()
+    to_host = ToHost()
     writer = MappedWriter() if is_mapped else None
 
     def put(position: int, part: bytes | memoryview) -> None:
         if writer is None or not writer.write(descriptor, limits, position, part):
-            _write_whole(descriptor, position, part)
+            write_whole(descriptor, position, part)
 
     crc = 0
     for item in run:
         own_crc, position = 0, item.start + item.frame.payload_start
-        for part in _parts(item.tensor.detach(), to_host):
+        for part in host_parts(item.tensor.detach(), to_host):
             data = part.view(torch.uint8).numpy().data
             own_crc = crc32(data, own_crc)
             put(position, data)
@@ -136,52 +136,3 @@ def _write_run(descriptor: int, run: Sequence[_Item], *, is_mapped: bool) -> int
     if writer is not None:
         writer.release()
     return crc
-
-
-class _ToHost:
-    """Copies of parts from a GPU, through pinned memory that all parts of a run share: each is gone with the next one.
-
-    Other memory would be new for each part, and the driver would copy it piece by piece, one thread after another.
-    """
-
-    def __init__(self) -> None:
-        self._memory: Tensor | None = None
-        self._stream: torch.cuda.Stream | None = None
-
-    def copy(self, part: Tensor) -> Tensor:
-        """Return a contiguous part of at most _PART_BYTES on the host: itself, or a copy."""
-        if not part.is_cuda:
-            return part.cpu()
-        if self._memory is None:
-            # A thread begins on the first GPU; pinning there would open a context on it for every process.
-            torch.cuda.set_device(part.device)
-            self._stream = torch.cuda.Stream(part.device)
-            try:
-                self._memory = torch.empty(_PART_BYTES, dtype=torch.uint8, pin_memory=True)
-            except RuntimeError:  # a limit of memory that may be pinned
-                self._memory = torch.empty(_PART_BYTES, dtype=torch.uint8)
-        assert self._stream is not None
-        copied = self._memory[: part.nbytes].view(part.dtype)
-        with torch.cuda.stream(self._stream):
-            copied.copy_(part, non_blocking=True)
-        self._stream.synchronize()
-        return copied
-
-
-def _parts(tensor: Tensor, to_host: _ToHost) -> Iterator[Tensor]:
-    """Yield the elements in their order, as flat tensors on the host. Each copy has at most _PART_BYTES."""
-    if tensor.is_contiguous():
-        for part in tensor.view(-1).split(_PART_BYTES // tensor.itemsize):
-            yield to_host.copy(part)
-    elif tensor.nbytes <= _PART_BYTES:
-        yield tensor.cpu().contiguous().view(-1)
-    else:
-        rows = max(1, _PART_BYTES * len(tensor) // tensor.nbytes)
-        for part in tensor.split(rows):
-            yield from _parts(part if rows > 1 else part[0], to_host)
-
-
-def _write_whole(descriptor: int, position: int, data: bytes | memoryview) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(descriptor, data[done:], position + done)

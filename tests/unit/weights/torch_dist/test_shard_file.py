@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mixtral_run.weights.io import host_parts
 from mixtral_run.weights.torch_dist import shard_file
 
 
@@ -41,7 +42,7 @@ def test_torch_reads_every_tensor_and_the_checksum_is_the_files(
     folder: Path, run_bytes: int, part_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shard_file, "_RUN_BYTES", run_bytes)
-    monkeypatch.setattr(shard_file, "_PART_BYTES", part_bytes)
+    monkeypatch.setattr(host_parts, "PART_BYTES", part_bytes)
     file, tensors = folder / "__0_0.distcp", some_tensors()
     file.write_bytes(b"x" * 3_000_000)  # of an earlier save
     places, crc = shard_file.write_shards(file, tensors, threads=3)
@@ -104,10 +105,10 @@ def test_threads_that_wait_for_the_disk_do_not_keep_the_process(
 
 
 def test_no_thread_copies_more_than_a_part_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_file, "_PART_BYTES", 1000)
+    monkeypatch.setattr(host_parts, "PART_BYTES", 1000)
     wide = torch.arange(60_000, dtype=torch.float32).view(3, 2, 10_000).transpose(0, 1)
     for tensor in [*some_tensors(), wide]:
-        parts = list(shard_file._parts(tensor, shard_file._ToHost()))
+        parts = list(host_parts.host_parts(tensor, host_parts.ToHost()))
         assert max(each.nbytes for each in parts) <= 1000
         assert torch.equal(torch.cat(parts), tensor.reshape(-1))
 
