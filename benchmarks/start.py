@@ -6,8 +6,9 @@
 The command runs as `python -m mixtral_run`, first with an empty folder for compiled kernels (--from-scratch: only so),
 again with what the first run compiled. Every Python process of it samples itself from its first moment on. A row is a
 stretch of one activity: the function of the kit that was called last, and the package that it imports, if it does.
-Stretches shorter than 0.1 s are summed up as "…". Kernels that a run compiled are listed by name: with kernels of
-compile_kernels in MIXTRAL_RUN_KERNELS there should be none. The last line is one JSON object.
+Stretches shorter than 0.1 s are summed up as "…". The lines that the command printed follow, with their times. Kernels
+that a run compiled are listed by name: with kernels of compile_kernels in MIXTRAL_RUN_KERNELS there should be none. The
+last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -95,10 +96,15 @@ def measured(words: list[str], cache: Path, every: float, trace: str) -> dict[st
         known = {*compiled_in(cache), *compiled_in(Path(os.environ.get("MIXTRAL_RUN_KERNELS") or own))}
         began = time.time()
         argv = [sys.executable, "-m", "mixtral_run", *words]
-        done = subprocess.run(argv, env=environment, check=False, capture_output=True, text=True)
+        lines = []
+        with subprocess.Popen(
+            argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as run:
+            assert run.stdout is not None
+            lines += [(time.time() - began, line.rstrip()) for line in run.stdout]
         seconds = time.time() - began
-        if done.returncode or trace:
-            print(done.stdout[-2000:], done.stderr[-20000:], file=sys.stderr)
+        if run.returncode or trace:
+            print("\n".join(line for _, line in lines)[-20000:], file=sys.stderr)
         new = sorted(name for entry, name in compiled_in(cache).items() if entry not in known)
         processes = {}
         for file in sorted((folder / "samples").iterdir(), key=lambda each: each.stem.split("-")[1]):
@@ -108,7 +114,8 @@ def measured(words: list[str], cache: Path, every: float, trace: str) -> dict[st
                 (at - began, max(end - at, 0.0), doing) for (at, doing), end in zip(samples, ends, strict=True)
             ]
             processes[f"{file.stem.split('-')[0]} {samples[0][1]}"] = stretches[1:]
-    return {"seconds": seconds, "returncode": done.returncode, "processes": processes, "compiled": new}
+    found = {"seconds": seconds, "returncode": run.returncode, "lines": lines}
+    return {**found, "processes": processes, "compiled": new}
 
 
 def show(found: dict[str, Any]) -> None:
@@ -124,6 +131,8 @@ def show(found: dict[str, Any]) -> None:
                     print(f"    {at:6.2f} +{seconds:5.2f}  {doing}")
             elif sum(seconds for _, seconds, _ in rows) >= SHORT:
                 print(f"    {rows[0][0]:6.2f} +{sum(seconds for _, seconds, _ in rows):5.2f}  …")
+    for at, line in found["lines"]:
+        print(f"    {at:6.2f}  | {line[:150]}")
     print(f"  compiled in this run: {len(found['compiled'])} {' '.join(found['compiled'])}")
 
 
