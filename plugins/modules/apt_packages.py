@@ -51,17 +51,34 @@ options:
     type: list
     elements: str
     default: []
+  restore_replaced:
+    description:
+      - Record the packages of the host that the transaction removes, with versions, marks, services and configuration files,
+        and install them again with C(absent). If they cannot come back, C(absent) fails before it removes anything.
+    type: bool
+    default: false
+  config_files:
+    description: Configuration files of the host that the packages take over. They are kept, and put back by C(absent).
+    type: list
+    elements: path
+    default: []
+  units:
+    description: Services whose state returns with the packages of C(restore_replaced).
+    type: list
+    elements: str
+    default: []
   state: {description: "C(absent) removes the packages that C(present) installed with their settings and the dependencies that nothing else needs, and restores the holds of the others.", type: str, choices: [present, absent], default: present}
 """
 
+import contextlib
 import fnmatch
 import re
 
 from ..module_utils.mixtral_run_host import probe
-from ..module_utils.mixtral_run_host.apt import apt_output, apt_sources
-from ..module_utils.mixtral_run_host.apt.apt import SOURCES, Apt, source_texts
+from ..module_utils.mixtral_run_host.apt import apt_output, apt_sources, transaction
+from ..module_utils.mixtral_run_host.apt.apt import SOURCES, Apt
 from ..module_utils.mixtral_run_host.apt.apt_footprint import Footprint
-from ..module_utils.mixtral_run_host.commands import last_lines, run
+from ..module_utils.mixtral_run_host.apt.replaced import Replaced, refuse
 from ..module_utils.mixtral_run_host.engine import engine_use
 from ..module_utils.mixtral_run_host.files import Record, explain
 from ..module_utils.mixtral_run_host.start import run_module
@@ -84,12 +101,11 @@ OPTIONS = {
     "no_proxy": {"type": "str", "default": ""},
     "leftovers": {"type": "list", "elements": "path", "default": []},
     "groups": {"type": "list", "elements": "str", "default": []},
+    "restore_replaced": {"type": "bool", "default": False},
+    "config_files": {"type": "list", "elements": "path", "default": []},
+    "units": {"type": "list", "elements": "str", "default": []},
     "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
 }
-
-DPKG_SECONDS = 1800
-# The kit's own holds are no reason to refuse; a simulation comes before they are taken off.
-REMOVE = ["remove", "--allow-change-held-packages"]
 
 
 def main():
@@ -109,36 +125,17 @@ def act(module):
         _absent(module, record, apt)
 
 
-def _packages():
-    """Return the installed packages with their versions, and the set of held packages.
-
-    A package whose installation by dpkg was interrupted has the version None.
-    """
-    fields = "${Package} ${Version} ${db:Status-Status} ${db:Status-Want}\\n"
-    found, held = {}, set()
-    for line in run(["dpkg-query", "--show", "--showformat", fields]).out.splitlines():
-        name, version, status, want = (line.split(" ") + ["", "", ""])[:4]
-        if status == "installed":
-            found[name] = version
-        elif status not in ("config-files", "not-installed"):
-            found[name] = None
-        if want == "hold":
-            held.add(name)
-    return found, held
-
-
-def _wanted_version(params, name):
-    return params["versions"].get(name) or params["version"]
-
-
 def _present(module, record, apt):
     params = module.params
-    installed, held = _packages()
+    installed, held = transaction.packages()
     wrong = [
         name
         for name in params["names"]
         if not installed.get(name)
-        or (_wanted_version(params, name) and not fnmatch.fnmatchcase(installed[name], _wanted_version(params, name)))
+        or (
+            transaction.wanted_version(params, name)
+            and not fnmatch.fnmatchcase(installed[name], transaction.wanted_version(params, name))
+        )
     ]
     removed = [name for name in params["conflicting"] if name in installed and name not in params["names"]]
     unheld = _wrongly_held(params, installed, held)
@@ -150,23 +147,25 @@ def _present(module, record, apt):
     dragged, new = [], []
     if wrong or removed:
         if not module.check_mode:
-            _finish_dpkg(module, apt)
+            transaction.finish_dpkg(module, apt)
             if params["refresh"]:
-                _refresh(module, apt)
+                transaction.refresh(module, apt)
         dragged, new = _dragged(module, apt, wrong, removed, installed, held - set(mine), set(also))
     listed = [name for name in params["names"] + removed + dragged if name in installed]
     before = "".join("{} {}\n".format(name, installed[name]) for name in listed)
     if changed and not module.check_mode:
         mine += fresh
         _footprint(module, record).note(fresh, new)
+        gone = [name for name in removed + dragged if params["restore_replaced"] and name in installed]
+        _replaced(module, record).note(gone, fresh, installed, held - set(mine), apt)
         for name in unheld:
             if name not in mine and name in params["names"]:
                 holds.setdefault(name, name in held)
         record.save()  # before the change, so that `absent` knows what to remove even if this run is killed
         if wrong or removed:
-            _install(module, apt, wrong, removed)
+            transaction.install(module, apt, wrong, removed)
             # An upgrade of a held package removes the hold.
-            unheld = _wrongly_held(params, *_packages())
+            unheld = _wrongly_held(params, *transaction.packages())
         more = sorted(set(unheld) - set(params["names"]))
         if more:
             record.values[_key(params, "also_held")] = sorted(set(also) | set(more))
@@ -174,8 +173,8 @@ def _present(module, record, apt):
         if unheld:
             answer = apt.mark("hold" if params["hold"] else "unhold", unheld)
             if answer.code:
-                _fail(module, "The hold cannot be set.", answer, where="apt-mark")
-    now = _packages()[0] if changed and not module.check_mode else installed
+                transaction.fail(module, "The hold cannot be set.", answer, where="apt-mark")
+    now = transaction.packages()[0] if changed and not module.check_mode else installed
     after = "".join("{} {}\n".format(name, now.get(name) or "(to be installed)") for name in params["names"])
     module.exit_json(
         changed=changed,
@@ -200,12 +199,12 @@ def _dragged(module, apt, wrong, removed, installed, held, also):
     Return the packages that it would add too. Fail the module if there are any, unless `remove_dependents` allows it.
     also: dependencies that the kit holds, which may go.
     """
-    plan, answer = apt.simulate(["install"] + _words(module.params, wrong, removed))
+    plan, answer = apt.simulate(["install"] + transaction.words(module.params, wrong, removed))
     if answer.code and not module.check_mode:
-        _fail(module, "The packages cannot be installed; nothing was changed.", answer, wrong)
+        transaction.fail(module, "The packages cannot be installed; nothing was changed.", answer, wrong)
     if answer.code and removed:
         # A check before the first run: apt does not know the repository yet. What depends on the packages, it knows.
-        plan, _ = apt.simulate(REMOVE + removed)
+        plan, _ = apt.simulate(transaction.REMOVE + removed)
     mine = set(module.params["names"]) | also
     dragged = [name for name in plan.removed if name not in mine and (name not in removed or name in held)]
     dragged += [name for name in plan.changed if name in held and name not in mine]
@@ -240,6 +239,11 @@ def _footprint(module, record):
     return Footprint(record, params["section"], params["leftovers"], params["groups"])
 
 
+def _replaced(module, record):
+    params = module.params
+    return Replaced(record, params["section"], params["config_files"], params["units"])
+
+
 def _key(params, kind):
     """Return a key of the record. holds: packages that were there before the kit, True for held. also_held: dependencies."""
     return "{}_{}".format(params["section"], kind)
@@ -262,11 +266,50 @@ def _defer_when_busy(module, touched, installed):
 
 def _absent(module, record, apt):
     params = module.params
-    installed, held = _packages()
+    installed, held = transaction.packages()
     held -= set(record.values.get(_key(params, "also_held"), []))
     mine = [name for name in record.values.get(params["section"], []) if name in installed]
-    changed = params["section"] in record.values
-    why = engine_use.why_busy() if mine and not params["restart_when_busy"] else ""
+    _refuse_when_busy(module, mine)
+    replaced, footprint = _replaced(module, record), _footprint(module, record)
+    missing = replaced.missing(installed) if params["restore_replaced"] else {}
+    changed = params["section"] in record.values or bool(missing)
+    back = _plan_of_return(module, apt, replaced, missing, mine) if missing else None
+    dragged = []
+    if mine:
+        plan, answer = apt.simulate(transaction.REMOVE + mine)
+        if answer.code:
+            transaction.fail(module, "The packages cannot be removed; nothing was changed.", answer, where="apt")
+        dragged = [name for name in plan.removed if name not in mine]
+    unneeded = [name for name in footprint.unneeded(apt, mine, installed) if name not in held]
+    dragged += [name for name in back.dragged if name not in mine + dragged + unneeded] if back else []
+    _refuse_dragged(module, dragged, set(), mine, installed)
+    unneeded = [name for name in unneeded if name not in dragged]
+    for words in back.notes if back else []:
+        module.warn(words)
+    if not module.check_mode and changed:
+        _take_back_holds(module, record, apt, installed)
+        _remove(module, record, apt, mine, unneeded)
+        if back:
+            _put_back(module, apt, replaced, back, record)
+        replaced.forget()
+        record.values.pop(params["section"], None)
+        record.save()
+    gone = mine + unneeded + dragged
+    before = "".join("{} {}\n".format(name, installed[name]) for name in gone)
+    after = "".join("{} {}\n".format(*pair) for pair in (back.versions.items() if back else ()))
+    header = {"before_header": "packages", "after_header": "packages"}
+    module.exit_json(
+        changed=changed,
+        removed=gone,
+        restored=after.splitlines(),
+        notes=back.notes if back else [],
+        diff=dict(before=before, after=after, **header),
+    )
+
+
+def _refuse_when_busy(module, mine):
+    """Fail the module, before anything is changed, if containers or GPU processes run that depend on the packages."""
+    why = engine_use.all_that_runs() if mine and not module.params["restart_when_busy"] else ""
     if why:
         module.fail_json(
             msg=explain(
@@ -274,119 +317,59 @@ def _absent(module, record, apt):
                 where=", ".join(mine),
                 expected="no containers, and no processes on GPUs",
                 found=why,
-                next_step="end it and run again, or set {}_restart_when_busy: true".format(params["section"]),
+                next_step="end it and run again, or set {}_restart_when_busy: true".format(module.params["section"]),
             )
         )
-    dragged = []
+
+
+def _plan_of_return(module, apt, replaced, missing, mine):
+    """Return how the packages come back that the kit replaced. Fail before anything is removed if they cannot."""
+    with apt.own_lists() if module.check_mode else contextlib.nullcontext():
+        update = apt.run(["-o", "Acquire::Retries=2", "update"])
+        found = apt_output.problems(update.out + update.err)
+        plan = replaced.plan(apt, missing, mine)
+        if plan.versions and not plan.answer.code and not module.check_mode:
+            # What is on this host's disk cannot be missing once the engine is gone.
+            answer = apt.run(["install", "--download-only"] + plan.words + [name + "-" for name in mine])
+            plan = plan._replace(answer=answer)
+    if plan.answer.code:
+        refuse(module, plan, "\n".join("{}: {}".format(*problem) for problem in found), missing)
+    return plan
+
+
+def _take_back_holds(module, record, apt, installed):
+    params = module.params
+    holds = record.values.pop(_key(params, "holds"), {})
+    holds.update(dict.fromkeys(record.values.pop(_key(params, "also_held"), []), False))
+    for verb, wanted in (("hold", True), ("unhold", False)):
+        names = [name for name in holds if name in installed and holds[name] == wanted]
+        answer = apt.mark(verb, names) if names else None
+        if answer and answer.code:
+            transaction.fail(module, "The hold cannot be taken back.", answer, where="apt-mark")
+
+
+def _remove(module, record, apt, mine, unneeded):
     if mine:
-        plan, answer = apt.simulate(REMOVE + mine)
-        if answer.code:
-            _fail(module, "The packages cannot be removed; nothing was changed.", answer, where="apt")
-        dragged = [name for name in plan.removed if name not in mine]
-        _refuse_dragged(module, dragged, set(), mine, installed)
-    footprint = _footprint(module, record)
-    unneeded = [name for name in footprint.unneeded(apt, mine, installed) if name not in held and name not in dragged]
-    if not module.check_mode and changed:
-        holds = record.values.pop(_key(params, "holds"), {})
-        holds.update(dict.fromkeys(record.values.pop(_key(params, "also_held"), []), False))
-        for verb, wanted in (("hold", True), ("unhold", False)):
-            names = [name for name in holds if name in installed and holds[name] == wanted]
-            answer = apt.mark(verb, names) if names else None
-            if answer and answer.code:
-                _fail(module, "The hold cannot be taken back.", answer, where="apt-mark")
-        if mine:
-            apt.mark("unhold", mine)
-            answer = apt.run(REMOVE + mine + unneeded)
-            if answer.code and any(name in _packages()[0] for name in mine):
-                _fail(module, "The packages cannot be removed.", answer, where="apt")
-        for words in footprint.sweep(apt, record.values[params["section"]]):
-            module.warn(words)
-        del record.values[params["section"]]
-        record.save()
-    gone = mine + unneeded + dragged
-    before = "".join("{} {}\n".format(name, installed[name]) for name in gone)
-    header = {"before_header": "packages", "after_header": "packages"}
-    module.exit_json(changed=changed, removed=gone, diff=dict(before=before, after="", **header))
+        apt.mark("unhold", mine)
+        answer = apt.run(transaction.REMOVE + mine + unneeded)
+        if answer.code and any(name in transaction.packages()[0] for name in mine):
+            transaction.fail(module, "The packages cannot be removed.", answer, where="apt")
+    for words in _footprint(module, record).sweep(apt, record.values.get(module.params["section"], [])):
+        module.warn(words)
 
 
-def _words(params, names, removed):
-    """Return the arguments of `apt-get install` for packages to install and to remove."""
-    words = ["--no-install-recommends", "--allow-downgrades", "--allow-change-held-packages"]
-    # Dependencies that the kit holds change with the packages; those that others hold are refused by _dragged.
-    words += ["-o", "APT::Ignore-Hold=true"] if params["hold_also"] else []
-    words += [name + ("=" + _wanted_version(params, name) if _wanted_version(params, name) else "") for name in names]
-    return words + [name + "-" for name in removed]
-
-
-def _finish_dpkg(module, apt):
-    """Complete what a killed run of apt or of the kit began. A package of somebody else that fails is a warning."""
-
-    def attempt():
-        # What looks interrupted may be the work of an apt that still runs, and be complete once that has ended.
-        audit = run(["dpkg", "--audit"])
-        if not audit.out.strip():
-            return audit._replace(code=0)
-        return run(["dpkg", "--force-confold", "--configure", "-a"], timeout=DPKG_SECONDS)
-
-    answer = apt.when_free(attempt)
-    if not answer.code:
-        return
-    broken = apt_output.broken_packages(answer.out + answer.err)
-    if not broken or set(broken) & set(module.params["names"]):
-        _fail(module, "dpkg cannot finish what was begun.", answer, where="dpkg")
-    module.warn(
-        "dpkg was interrupted and cannot configure {}, which is not the kit's: `sudo dpkg --configure -a` on the host shows "
-        "why".format(", ".join(broken))
-    )
-
-
-def _install(module, apt, names, removed):
-    answer = apt.run(["install"] + _words(module.params, names, removed))
-    if not answer.code:
-        return
-    now, broken = _packages()[0], apt_output.broken_packages(answer.out + answer.err)
-    if broken and not set(broken) & set(module.params["names"]) and all(now.get(name) for name in names):
-        module.warn(
-            "The packages were installed, and dpkg cannot configure {}, which is not the kit's: `sudo dpkg --configure -a` "
-            "on the host shows why".format(", ".join(broken))
+def _put_back(module, apt, replaced, back, record):
+    record.values[module.params["section"]] = []
+    record.save()  # the kit's packages are gone; a run after a failure goes on from here
+    answer = replaced.put_back(apt, back)
+    if answer is not None and answer.code:
+        transaction.fail(
+            module,
+            "The kit's packages are removed, and those that they had replaced cannot be installed.",
+            answer,
+            where="apt: " + ", ".join(back.versions),
+            step="correct what apt names, then run the same command again: it goes on from here",
         )
-        return
-    _fail(module, "The packages cannot be installed.", answer, names)
-
-
-def _refresh(module, apt):
-    # `apt-get update` exits with 0 even if a mirror does not answer, so its output is checked.
-    answer = apt.run(["-o", "Acquire::Retries=2", "update"])
-    text, repository = answer.out + answer.err, module.params["repository"]
-    found, texts = apt_output.problems(text), source_texts()
-    if any(apt_output.belongs_to(problem.uri, repository) for problem in found):
-        _fail(module, "The package repository does not answer.", answer)
-    if answer.code and not found:
-        _fail(module, "The package lists cannot be read.", answer, where="apt")
-    for problem in found:
-        files = ", ".join(apt_output.files_naming(problem.uri, texts)) or "no source file names it"
-        module.warn(
-            "A package source that is not the kit's does not answer: {} ({}): {}. The kit's packages do not come from "
-            "it".format(problem.uri, files, problem.message)
-        )
-
-
-def _fail(module, what, answer, names=(), where=""):
-    text = answer.out + answer.err
-    offered = run(["apt-cache", "madison"] + list(names)).out.strip() if names else ""
-    broken = [name for name in apt_output.broken_packages(text) if name not in module.params["names"]]
-    found = apt_output.next_step(text, offered)
-    if broken:
-        found = "{} cannot be configured: `sudo dpkg --configure -a` on the host shows why".format(", ".join(broken))
-    module.fail_json(
-        msg=explain(
-            what,
-            where=where or module.params["repository"] or "apt",
-            expected=" ".join(names),
-            found=last_lines(answer, 6),
-            next_step=found,
-        )
-    )
 
 
 if __name__ == "__main__":

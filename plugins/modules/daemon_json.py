@@ -61,8 +61,8 @@ import stat
 import tempfile
 
 from ..module_utils.mixtral_run_host.commands import MISSING, last_lines, run
-from ..module_utils.mixtral_run_host.engine import daemon_settings, engine_flags, engine_unit
-from ..module_utils.mixtral_run_host.files import Record, explain, read_text, remove, rewrite, write_text
+from ..module_utils.mixtral_run_host.engine import daemon_settings, engine_flags, engine_unit, settings_file
+from ..module_utils.mixtral_run_host.files import Record, explain, remove, rewrite, write_text
 from ..module_utils.mixtral_run_host.start import run_module
 
 OPTIONS = {
@@ -81,8 +81,7 @@ def main():
 
 def act(module):
     params, path = module.params, module.params["path"]
-    text = read_text(path)
-    current = _parse(module, path, text)
+    current, text = _parse(module, path)
     record = Record("daemon_json", check_mode=module.check_mode)
     sections = record.values.setdefault("sections", {})
     before = copy.deepcopy(sections)
@@ -131,22 +130,19 @@ def _wanted(module, current, owned, argv):
     return settled.settings, settled.kept
 
 
-def _parse(module, path, text):
+def _parse(module, path):
     try:
-        current = json.loads(text) if text and text.strip() else {}
-    except ValueError as error:
+        return settings_file.read_settings(path)
+    except settings_file.BadSettings as error:
         module.fail_json(
             msg=explain(
-                "Docker's settings file is not valid JSON; it was left as it is.",
+                "Docker's settings file is not usable; it was left as it is.",
                 where=path,
-                expected="a JSON object",
-                found=str(error),
-                next_step="correct it by hand (the engine cannot read it either), then run again",
+                expected=error.expected,
+                found=error.found,
+                next_step=error.step,
             )
         )
-    if not isinstance(current, dict):
-        module.fail_json(msg=explain("Docker's settings file must hold a JSON object.", where=path, found=str(current)))
-    return current
 
 
 def _remember(record, section, owned, due, keys, created):

@@ -31,6 +31,7 @@ options:
   containerd_root: {description: "Root folder of containerd, which holds images from Docker 29 on. Empty means its default.", type: str, default: ""}
   restart_when_busy: {description: Restart even while containers run., type: bool, default: false}
   reload_only: {description: "Perform only the reload or restart that is due, and leave users and files alone. An engine that does not run stays stopped.", type: bool, default: false}
+  engine_goes: {description: "With C(absent), the packages of the engine go next: a restart for the settings would be needless, and would start stopped containers.", type: bool, default: false}
   state: {description: C(absent) removes the users and files that the kit added., type: str, choices: [present, absent], default: present}
 """
 
@@ -52,6 +53,7 @@ OPTIONS = {
     "containerd_root": {"type": "str", "default": ""},
     "restart_when_busy": {"type": "bool", "default": False},
     "reload_only": {"type": "bool", "default": False},
+    "engine_goes": {"type": "bool", "default": False},
     "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
 }
 
@@ -257,8 +259,9 @@ class Engine:
                         self._make_due("restart", os.path.basename(os.path.dirname(path)))
                     remove(path)
                     run(["systemctl", "daemon-reload"])
+        self.record.values.pop("hook_known", None)  # looked up again if the engine stays
         self.record.save()
-        if installed and self.due_record.values.get("due"):
+        if installed and self.due_record.values.get("due") and not self.params["engine_goes"]:
             self._perform_due()
             if not _is_active():
                 self._forget_due()  # the engine reads its files when it starts

@@ -9,14 +9,19 @@ short_description: Compare the Docker engine that a host has with the settings t
 description:
   - Fails with all conflicts at once, also in check mode, and changes nothing.
   - A conflict is a flag of the unit that contradicts a setting, a setting that is in daemon.json and in the unit, a unit
-    that starts the program of a package which is removed, another data-root with stored images, or Docker from snap.
-    Rootless Docker of a user is a warning.
+    that starts the program of a package which is removed, another data-root with stored images, Docker from snap, a
+    daemon.json that is no JSON object or that cannot be written, or a user that does not exist.
+  - Rootless Docker of a user, and packages of the host that the role will replace, are warnings.
 options:
   section: {description: Name under which M(daemon_json) records its settings., type: str, required: true}
   settings: {description: As in M(daemon_json)., type: dict, default: {}}
   defaults: {description: As in M(daemon_json)., type: dict, default: {}}
   needed: {description: As in M(daemon_json)., type: dict, default: {}}
   conflicting: {description: Packages that are removed because they conflict with the kit's., type: list, elements: str, default: []}
+  users: {description: Users that the role will add to the docker group., type: list, elements: str, default: []}
+  unusable: {description: Names of settings whose values would leave their line in a unit., type: list, elements: str, default: []}
+  config_files: {description: Files of the host that are kept when packages are replaced., type: list, elements: path, default: []}
+  restore: {description: The replaced packages are put back when the role is taken back., type: bool, default: true}
   path: {description: Path of daemon.json., type: path, default: /etc/docker/daemon.json}
 """
 
@@ -30,6 +35,10 @@ OPTIONS = {
     "defaults": {"type": "dict", "default": {}},
     "needed": {"type": "dict", "default": {}},
     "conflicting": {"type": "list", "elements": "str", "default": []},
+    "users": {"type": "list", "elements": "str", "default": []},
+    "unusable": {"type": "list", "elements": "str", "default": []},
+    "config_files": {"type": "list", "elements": "path", "default": []},
+    "restore": {"type": "bool", "default": True},
     "path": {"type": "path", "default": "/etc/docker/daemon.json"},
 }
 
@@ -52,7 +61,8 @@ def act(module):
             msg="The engine of this host contradicts the role's settings; nothing was changed.\n" + "\n".join(lines),
             conflicts=failures,
         )
-    module.exit_json(changed=False, kept=kept)
+    announced = engine_unit.announcements(found)
+    module.exit_json(changed=False, kept=kept, announcements=announced)
 
 
 if __name__ == "__main__":

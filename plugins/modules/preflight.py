@@ -52,7 +52,7 @@ options:
     elements: path
     default: []
   engine:
-    description: "Settings of the engine to come: settings, defaults, needed and conflicting, as in M(engine_conflicts)."
+    description: "Settings of the engine to come: the options of M(engine_conflicts) but section and path."
     type: dict
     default: {}
   mirrors:
@@ -141,8 +141,13 @@ def main():
     if failures:
         module.fail_json(msg=shortfalls.render(params["host"], failures), shortfalls=listed, ansible_facts=facts)
     # The docker role need not compare the same settings again.
-    agreed = {} if state["engine_conflicts"] else params["engine"]
-    module.exit_json(changed=False, shortfalls=listed, engine_agrees_with=agreed, ansible_facts=facts)
+    conflicts = state["engine_conflicts"]
+    told = not any(each[0] == "fail" for each in conflicts) and params["levels"].get("engine") != "skip"
+    agreed = params["engine"] if told or not conflicts else {}
+    announced = engine_unit.announcements(conflicts)
+    module.exit_json(
+        changed=False, shortfalls=listed, engine_agrees_with=agreed, announcements=announced, ansible_facts=facts
+    )
 
 
 def _space(params, ram_gib):
@@ -156,9 +161,8 @@ def _space(params, ram_gib):
 
 
 def _engine_conflicts(settings):
-    given = {"settings": {}, "defaults": {}, "needed": {}, "conflicting": [], "path": "/etc/docker/daemon.json"}
     owned = Record("daemon_json").values.get("sections", {}).get("docker", [])
-    return engine_unit.conflicts(dict(given, **settings), owned)[0]
+    return engine_unit.conflicts(settings, owned)[0]
 
 
 def _network(params):

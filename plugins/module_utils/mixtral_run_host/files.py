@@ -62,12 +62,15 @@ def rewrite(path, text, mode=0o644):
 
 
 def replace_in(folder, name, text, mode=0o644, owner=None, attributes=None):
-    """Replace a file in the folder of a descriptor, as write_text does. attributes: extended attributes by name."""
+    """Replace a file in the folder of a descriptor, as write_text does. attributes: extended attributes by name.
+
+    text: as text, or as bytes.
+    """
     temporary = ".mixtral-run-" + uuid.uuid4().hex
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=folder)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(text if isinstance(text, bytes) else text.encode())
             file.flush()
             os.fsync(file.fileno())
             if owner is not None:

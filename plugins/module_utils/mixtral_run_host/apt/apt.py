@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import re
@@ -37,6 +38,33 @@ class Apt:
         self.params, self.own_source, self._warn = params, own_source, warn
         self.aside = set()  # files that apt cannot read; they are left out, not changed
         self._parts = None
+        self._lists = []  # options that name other lists of packages than those of the host
+
+    @contextlib.contextmanager
+    def own_lists(self):
+        """Read lists of packages into a folder of their own within the block, so that a check leaves the host's alone."""
+        with tempfile.TemporaryDirectory(prefix="mixtral-run-lists-") as folder:
+            for name in ("lists/partial", "archives/partial"):
+                os.makedirs(os.path.join(folder, name))
+            self._lists = ["-o", "Dir::State::lists={}/lists".format(folder), "-o", "APT::Sandbox::User=root"]
+            self._lists += ["-o", "Dir::Cache={}".format(folder)]
+            try:
+                yield
+            finally:
+                self._lists = []
+
+    def offered(self, names):
+        """Return {name: versions, the newest first} of those packages that the archives of the host offer."""
+        try:
+            argv = ["apt-cache"] + self._source_options() + self._lists + ["madison"] + names
+            rows = [line.split("|") for line in run(argv).out.splitlines()]
+        finally:
+            self._forget_parts()
+        found = {}
+        for row in rows:
+            if len(row) > 2:
+                found.setdefault(row[0].strip(), []).append(row[1].strip())
+        return found
 
     def run(self, words):
         """Run apt-get. If it cannot read a source of somebody else, run it again without this file."""
@@ -46,9 +74,12 @@ class Apt:
                 if not answer.code or not self._leave_aside(answer.out + answer.err):
                     return answer
         finally:
-            if self._parts:
-                shutil.rmtree(self._parts, ignore_errors=True)
-                self._parts = None
+            self._forget_parts()
+
+    def _forget_parts(self):
+        if self._parts:
+            shutil.rmtree(self._parts, ignore_errors=True)
+            self._parts = None
 
     def simulate(self, words):
         """Return what apt-get would do, as apt_output.Simulated, and its answer."""
@@ -67,10 +98,21 @@ class Apt:
                 return answer
             time.sleep(RETRY_SECONDS)
 
+    def automatic(self, names):
+        """Return those of the packages that were installed as dependencies."""
+        try:
+            return set(run(["apt-mark"] + self._source_options() + ["showauto"] + names).out.split())
+        finally:
+            self._forget_parts()
+
     def mark(self, verb, names):
-        """Hold or unhold packages."""
-        answer = self.when_free(lambda: run(["apt-mark", verb] + names))
-        if answer.code and apt_output.unreadable(answer.out + answer.err):
+        """Hold or unhold packages, or mark them as installed automatically (auto)."""
+        try:
+            argv = ["apt-mark"] + self._source_options() + [verb] + names
+            answer = self.when_free(lambda: run(argv))
+        finally:
+            self._forget_parts()
+        if answer.code and verb != "auto" and apt_output.unreadable(answer.out + answer.err):
             # apt-mark reads the sources too; dpkg does not.
             state = "hold" if verb == "hold" else "install"
             lines = "".join(f"{name} {state}\n" for name in names).encode()
@@ -117,7 +159,7 @@ class Apt:
         params = self.params
         argv = ["apt-get", "--yes", "-o", "DPkg::Lock::Timeout={}".format(params["lock_timeout_seconds"])]
         argv += ["-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold"]
-        argv += self._source_options()
+        argv += self._source_options() + self._lists
         direct, environment = [name.strip().lstrip(".") for name in params["no_proxy"].split(",") if name.strip()], {}
         with tempfile.NamedTemporaryFile("w", prefix="mixtral-run-", suffix=".conf", encoding="utf-8") as settings:
             if params["proxy"] and "*" not in direct:

@@ -7,6 +7,7 @@ import os
 import stat
 
 from ..commands import last_lines, run
+from .kept_files import KeptFiles
 
 
 class Footprint:
@@ -18,6 +19,7 @@ class Footprint:
 
     def __init__(self, record, section, leftovers, groups):
         self._record, self._key = record, section + "_footprint"
+        self._kept = KeptFiles(record, section)
         self._leftovers, self._groups = leftovers, groups
 
     def note(self, fresh, plan_new):
@@ -45,8 +47,11 @@ class Footprint:
         return sorted(brought & set(plan.removed) - set(mine))
 
     def sweep(self, apt, names):
-        """Remove what packages leave behind that were removed, `names` and their dependencies. Return warnings."""
-        values = self._record.values.pop(self._key, None)
+        """Remove what packages leave behind that were removed, `names` and their dependencies. Return warnings.
+
+        A configuration file that somebody changed, or had there before the packages, stays.
+        """
+        values = self._record.values.get(self._key)
         if values is None:
             return []
         for path in self._leftovers:
@@ -56,6 +61,9 @@ class Footprint:
         gone = (set(names) | set(values.get("brought", []))) & _with_settings_only()
         purged = sorted(gone - set(values.get("settings", [])))
         if purged:
+            self._kept.note_changed(purged)
+            if self._kept.paths:
+                self._record.save()  # a run that is killed after the purge still knows them
             answer = apt.when_free(lambda: run(["dpkg", "--purge"] + purged, timeout=300))
             if answer.code:
                 words = "The settings of removed packages stay: {}"
@@ -63,10 +71,14 @@ class Footprint:
         for path in self._leftovers:  # folders that held settings
             if path not in values.get("leftovers", []):
                 _discard(path)
+        stays = self._kept.restore()
+        if stays:
+            warnings.append("Files of this host, not of the kit, stay: {}".format(", ".join(stays)))
         for name in self._groups:
             group = _group(name)
             if name not in values.get("groups", []) and group and not group.gr_mem:
                 run(["groupdel", name])
+        del self._record.values[self._key]
         return warnings
 
 

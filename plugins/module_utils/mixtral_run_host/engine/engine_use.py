@@ -11,6 +11,11 @@ from ..files import read_text
 STOPPED = ("inactive", "failed", "unknown")
 
 
+def all_that_runs():
+    """Return all reasons why the engine must not be removed now, with every container and every process on the GPUs."""
+    return "; ".join(filter(None, (_containers(None), _gpu_processes(None))))
+
+
 def why_busy():
     """Return the reason why the engine must not be stopped now, or an empty string if nothing runs."""
     return _containers() or _gpu_processes()
@@ -22,14 +27,14 @@ def compute_pids():
     return [word for word in answer.out.split() if word.isdigit()] if answer.code == 0 else []
 
 
-def _containers():
+def _containers(most=5):
     # A request to a stopped engine would start it through its systemd socket.
     state = run(["systemctl", "is-active", "docker.service"]).out.strip()
     if state not in STOPPED:
         answer = run(["docker", "ps", "--format", "{{.Names}}"], timeout=30)
         if answer.code == 0:
             names = answer.out.split()
-            return "{} ({})".format(_count(len(names)), ", ".join(names[:5])) if names else ""
+            return "{} ({})".format(_count(len(names)), ", ".join(names[:most])) if names else ""
         if answer.code != MISSING:
             return "the engine runs and does not say what runs in it: {}".format(last_lines(answer, 1))
     # Each container has a shim, which continues while the engine is stopped (live-restore).
@@ -48,6 +53,6 @@ def _count(number):
     return "{} container{} running".format(number, "" if number == 1 else "s")
 
 
-def _gpu_processes():
+def _gpu_processes(most=5):
     pids = compute_pids()
-    return "GPU processes are running (pid {})".format(", ".join(pids[:5])) if pids else ""
+    return "GPU processes are running (pid {})".format(", ".join(pids[:most])) if pids else ""

@@ -54,8 +54,8 @@ class Host:
 @pytest.fixture
 def host(programs: Programs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:  # noqa: F811
     made = Host(programs, tmp_path)
-    texts = PACKAGES.source_texts
-    monkeypatch.setattr(PACKAGES, "source_texts", lambda: texts(str(made.sources)))
+    texts = PACKAGES.transaction.source_texts
+    monkeypatch.setattr(PACKAGES.transaction, "source_texts", lambda: texts(str(made.sources)))
     return made
 
 

@@ -131,5 +131,5 @@ def test_link_mode_owner_and_attributes_of_the_file_stay(file: Path, tmp_path: P
 def test_a_file_that_is_no_json_is_left_and_reported(file: Path) -> None:
     file.write_text("{,}")
     result = _call(file, settings={"live-restore": True})
-    assert result["failed"] and "not valid JSON; it was left" in result["msg"] and str(file) in result["msg"]
+    assert result["failed"] and "broken JSON in line 1, column 2" in result["msg"] and str(file) in result["msg"]
     assert _files(file) == {"daemon.json": "{,}"}

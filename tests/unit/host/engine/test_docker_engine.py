@@ -77,6 +77,23 @@ def test_a_restart_for_removed_settings_waits_for_running_work(
     assert record == {"due": "restart", "keys": ["docker.service.d"]} and _changes(engine) == []
 
 
+@pytest.mark.parametrize("due", ["reload", "restart"])
+def test_an_engine_whose_packages_go_next_is_not_restarted_for_its_settings(
+    engine: Programs, tmp_path: Path, due: str
+) -> None:
+    """A restart would start containers with --restart always, which then keep the packages."""
+    records = tmp_path / "records"
+    records.mkdir()
+    (records / "daemon_json.json").write_text(json.dumps({"due": due, "keys": ["live-restore"]}))
+    (records / "docker_engine.json").write_text('{"hook_known": true}')
+    (tmp_path / "docker.service.d").mkdir()
+    (tmp_path / "docker.service.d/mixtral-run.conf").touch()
+    _start_engine(engine)
+    result = call_module(MODULE, records, state="absent", engine_goes=True)
+    assert result["done"] == [f"removed {tmp_path}/docker.service.d/mixtral-run.conf"]
+    assert _changes(engine) == [] and not list(records.glob("*"))
+
+
 def test_only_root_reads_the_address_of_the_proxy(engine: Programs, tmp_path: Path) -> None:
     drop_in, given = tmp_path / "docker.service.d/mixtral-run.conf", {"HTTP_PROXY": "http://me:secret@p:3128"}
     _start_engine(engine)

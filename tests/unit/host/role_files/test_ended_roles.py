@@ -77,19 +77,34 @@ def test_the_engine_is_compared_again_unless_preflight_compared_the_same_setting
     assert _holds(*task, ansible_facts=facts, __docker_compared=SETTINGS)
 
 
-@pytest.mark.parametrize("conflict", [None, ("warn", "one engine", "rootless Docker", "it stays")])
-def test_preflight_agrees_only_without_a_conflict(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, conflict: tuple[str, ...] | None
+@pytest.mark.parametrize(
+    ("level", "check", "agrees"),
+    [
+        (None, "fail", True),
+        (None, "skip", True),
+        ("warn", "fail", True),
+        ("warn", "skip", False),
+        ("fail", "warn", False),
+    ],
+)
+def test_preflight_agrees_unless_something_is_left_to_tell(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, level: str | None, check: str, agrees: bool
 ) -> None:
     module = load_module("preflight")
-    monkeypatch.setattr(engine_unit, "conflicts", lambda *_: ([conflict] if conflict else [], []))
+    monkeypatch.setattr(
+        engine_unit,
+        "conflicts",
+        lambda *_: ([(level, engine_unit.NO_OTHER, "docker.io 20", "it goes")] if level else [], []),
+    )
     monkeypatch.setattr(module.probe, "machine", lambda *_: {"memory": {"ram_gib": 1}})
     for name, value in {"_space": [], "_network": {}}.items():
         monkeypatch.setattr(module, name, lambda *_, value=value: value)
     monkeypatch.setattr(module.shortfalls, "collect", lambda *_: [])
     monkeypatch.setattr(module.shortfalls, "with_numbers", lambda limits: limits)
-    result = call_module(module, tmp_path, host="gpu-01", limits={}, folders={}, image="kit", engine=SETTINGS)
-    assert result["engine_agrees_with"] == ({} if conflict else SETTINGS)
+    result = call_module(module, tmp_path, host="gpu-01", limits={}, folders={}, image="kit", engine=SETTINGS,
+                         levels={"engine": check})  # fmt: skip
+    assert result["engine_agrees_with"] == (SETTINGS if agrees else {})
+    assert len(result["announcements"]) == (level is not None)
 
 
 def test_the_engine_is_reloaded_unless_the_docker_role_has_just_done_it() -> None:
@@ -108,6 +123,25 @@ def test_the_engine_is_reloaded_unless_the_docker_role_has_just_done_it() -> Non
     assert _holds(*task, **results)
     # With --tags role_run, no other task of the role has run.
     assert _holds(*task) and not _holds(*task, __docker_engine={"deferred": False})
+
+
+def test_a_restart_waits_for_nothing_where_the_engine_goes() -> None:
+    task = ("nvidia_container_toolkit/tasks/absent.yml", "Reload Docker Engine")
+    assert _holds(*task) and _holds(*task, __docker_goes=False) and not _holds(*task, __docker_goes=True)
+
+
+def test_each_role_that_looks_before_its_removal_looks_once_in_a_teardown() -> None:
+    """The playbook looks for all roles before the first one changes anything."""
+    play = yaml.safe_load((ROLES.parent / "playbooks/teardown.yml").read_text())[0]["tasks"][0]["block"]
+    imported = [each["ansible.builtin.import_role"] for each in play if "ansible.builtin.import_role" in each]
+    looking = [each["name"] for each in imported if each.get("tasks_from") == "look"]
+    assert looking == [each["name"] for each in imported[: len(looking)]]
+    assert set(looking) == {path.parents[1].name for path in ROLES.glob("*/tasks/look.yml")}
+    for role in looking:
+        first = _tasks(f"{role}/tasks/absent.yml")[0]
+        fact = _tasks(f"{role}/tasks/look.yml")[-1]["ansible.builtin.set_fact"]
+        assert first["ansible.builtin.import_tasks"] == "look.yml"
+        assert first["when"] == f"{next(iter(fact))} is not defined"
 
 
 def _conditions(tasks: list[dict[str, Any]], tags: frozenset[str] = frozenset()) -> Iterator[tuple[Any, ...]]:
