@@ -71,7 +71,7 @@ class Notice:
 
     host: str
     kind: str
-    """changed, failed, unreachable, diff, warning or note."""
+    """changed, failed, unreachable, diff, warning, announcement or note."""
     text: str
 
 
@@ -146,6 +146,7 @@ class FleetProgress:
             if warning not in host.warnings:
                 host.warnings.append(warning)
                 notices.append(Notice(host.name, "warning", warning))
+        notices += [Notice(host.name, "announcement", str(each)) for each in result.get("announcements") or []]
         if "spread_note" in result:
             host.detail = str(result.get("msg") or result["spread_note"])
             notices += [Notice(host.name, "note", str(result["spread_note"]))] if result["spread_note"] else []

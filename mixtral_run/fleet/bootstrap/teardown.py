@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,6 +26,7 @@ from mixtral_run.fleet.plays.role_variables import refuse_misspelled
 from mixtral_run.fleet.plays.runner import Play, RunningPlay, forget_old_plays, parse_extra_vars
 from mixtral_run.fleet.selection import hosts_of, inventory_of, refuse_lost_variables
 from mixtral_run.fleet.ssh.connection import Ssh, connection_options
+from mixtral_run.fleet.state import state_folder
 
 STAYS = (
     "checkpoints, adapters, and models in the HF cache",
@@ -34,6 +36,27 @@ STAYS = (
     "Python, and source files of others that name Docker's or NVIDIA's repository: they stay disabled",
 )
 """What `state: absent` of the roles leaves on a host."""
+
+
+LEFT_ON_HOSTS = (
+    ("models, checkpoints and adapters, unless variables named other folders", "sudo rm -r /var/lib/mixtral-run"),
+    (
+        "images, containers and volumes that nothing uses, of an engine that is there",
+        "docker system prune --all --volumes",
+    ),
+    ("all images, containers and volumes, where no engine is left", "sudo rm -r /var/lib/docker /var/lib/containerd"),
+    ("records of jobs in the home of the user who started them", "rm -r ~/.local/state/mixtral-run"),
+    ("compiled kernels in the same home", "rm -r ~/.cache/mixtral-run"),
+    ("the log of who changed the host", "sudo rm -r /var/log/mixtral-run"),
+)
+"""What a teardown leaves on a host, and the command there that removes it for good."""
+
+
+def left_here() -> tuple[tuple[str, str], ...]:
+    """Return what the kit keeps on this computer, and the command that removes it."""
+    folder = shlex.quote(str(state_folder()))
+    known = "known host keys, logs of plays, failures, and records of jobs of all hosts: also of those still in use"
+    return ((known, f"rm -r {folder}"),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +77,13 @@ class TeardownRequest:
 
 @dataclass(frozen=True)
 class Removal:
-    """A change that takes something back: the task, and what the module reports that it removes."""
+    """A change that takes something back: the task, and what the module reports that it removes and puts back."""
 
     task: str
     removed: tuple[str, ...] = ()
+    restored: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What does not come back as it was."""
 
 
 class TeardownProgress(FleetProgress):
@@ -71,10 +97,13 @@ class TeardownProgress(FleetProgress):
         notices = super()._result(host, kind, data, event)
         result = data.get("res")
         if kind == "runner_on_ok" and isinstance(result, Mapping) and result.get("changed"):
-            removed = result.get("removed")
-            names = tuple(str(each) for each in removed) if isinstance(removed, list) else ()
-            self.removals[host.name].append(Removal(host.changed_tasks[-1], names))
+            removed, restored, notes = (_texts(result.get(key)) for key in ("removed", "restored", "notes"))
+            self.removals[host.name].append(Removal(host.changed_tasks[-1], removed, restored, notes))
         return notices
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    return tuple(str(each) for each in value) if isinstance(value, list) else ()
 
 
 @dataclass(frozen=True)
@@ -93,13 +122,24 @@ class TeardownEnd:
                 "name": host.name,
                 "result": host.phase.value,
                 "removed": [
-                    {"task": each.task, "removed": list(each.removed)} for each in self.progress.removals[host.name]
+                    {
+                        "task": each.task,
+                        "removed": list(each.removed),
+                        "restored": list(each.restored),
+                        "notes": list(each.notes),
+                    }
+                    for each in self.progress.removals[host.name]
                 ],
                 "failure": host.failure.message if host.failure else None,
             }
             for host in self.progress.hosts.values()
         ]
-        return json.dumps({"check": self.check, "hosts": hosts, "stays": list(STAYS)}, indent=2, ensure_ascii=False)
+        left = {
+            place: [{"what": what, "remove": command} for what, command in found]
+            for place, found in (("hosts", LEFT_ON_HOSTS), ("here", left_here()))
+        }
+        told = {"check": self.check, "hosts": hosts, "stays": list(STAYS), "left": left}
+        return json.dumps(told, indent=2, ensure_ascii=False)
 
     def raise_if_bad(self) -> None:
         """Raise HostError if the kit was not taken back from a host, KeyboardInterrupt if the user interrupted."""
@@ -159,7 +199,19 @@ def listing(removals: Mapping[str, Sequence[Removal]]) -> str:
             continue
         lines.append(f"{shortened(names)}: this goes")
         lines += [f"  - {each.task}{_named(each.removed)}" for each in changes]
+        back = [name for each in changes for name in each.restored]
+        if back:
+            lines += [f"{shortened(names)}: this comes back, which the kit had replaced", f"  - {', '.join(back)}"]
+        lines += [f"  - {note}" for each in changes for note in each.notes]
     return "\n".join([*lines, "This stays", *(f"  - {each}" for each in STAYS)])
+
+
+def left_over() -> str:
+    """Return the text that tells what is left after a teardown, and how to remove it."""
+    lines = ["Left on the hosts, and the command there that removes it:"]
+    lines += [f"  - {what}: {command}" for what, command in LEFT_ON_HOSTS]
+    lines += ["Left on this computer:", *(f"  - {what}: {command}" for what, command in left_here())]
+    return "\n".join(lines)
 
 
 def _named(removed: Iterable[str]) -> str:
@@ -256,4 +308,6 @@ def _play(
     text = summary(progress, seconds=seconds, log=log, retry=None, check=check)
     if interrupted:
         text += "\nStopped. The same command continues from there."
+    elif not check and not request.tags:
+        text += f"\n{left_over()}"
     return TeardownEnd(progress, interrupted, text, check)

@@ -80,6 +80,8 @@ class PlainView(PlayView):
             return [f"± {notice.host}: {notice.text}"] if self.diff else []
         if notice.kind == "note":
             return [f"← {notice.host}: {notice.text}"]
+        if notice.kind == "announcement":
+            return []  # a warning of the same task has said it
         mark = {"changed": "~", "warning": "!"}.get(notice.kind, "✗")
         return [f"{mark} {notice.host}: {notice.kind} · {first_line(notice.text)}"]
 
@@ -87,7 +89,8 @@ class PlainView(PlayView):
 class LiveView(PlayView):
     """Live display: one line per host, redrawn in place. Requested differences scroll above the table.
 
-    Warnings appear only in the summary: fifty hosts can give the same warning fifty times.
+    Warnings appear only in the summary: fifty hosts can give the same warning fifty times. What a role is about to
+    replace on a host is printed above the table before it happens.
     """
 
     def __init__(self, progress: FleetProgress, stream: TextIO, diff: bool = False) -> None:
@@ -117,6 +120,8 @@ class LiveView(PlayView):
         for notice in notices:
             if notice.kind == "diff" and self.diff:
                 self.console.print(f"± {notice.host}: {notice.text}")
+            elif notice.kind == "announcement":
+                self.console.print(f"! {notice.host}: {notice.text}")
 
     def _table(self) -> Table:
         return progress_table(self.progress, self.console.size.height - 2)

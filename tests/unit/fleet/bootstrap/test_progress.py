@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mixtral_run.fleet.bootstrap.progress import FleetProgress, Notice, Phase
-from mixtral_run.fleet.bootstrap.view import PlainView, duration, progress_table, summary, where
+from mixtral_run.fleet.bootstrap.view import PlainView, duration, make_view, progress_table, summary, where
 
 RECORDED = Path(__file__).with_name("recorded_events.jsonl")
 
@@ -249,6 +249,26 @@ def test_a_copy_from_host_to_host_is_shown_with_its_source() -> None:
     assert where(progress.hosts["gpu-01"]) == f"x · Take it · {note}"
     progress.fold({"event": "runner_on_start", "event_data": {"host": "gpu-01", "role": "y", "task": "Next"}})
     assert where(progress.hosts["gpu-01"]) == "y · Next"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_what_a_role_replaces_is_printed_when_it_is_known_and_again_at_the_end() -> None:
+    progress, live, plain = FleetProgress(["gpu-01"]), Terminal(), io.StringIO()
+    words = "found docker.io 20; it goes"
+    result = {"warnings": [f"gpu-01: engine: {words}"], "announcements": [f"before anything is changed: {words}"]}
+    notices = progress.fold(_event("runner_on_ok", **result))
+    assert [notice.kind for notice in notices] == ["warning", "announcement"]
+    for stream in (live, plain):
+        view = make_view(progress, stream)
+        with view:
+            view.update(notices)
+    assert f"! gpu-01: before anything is changed: {words}" in live.getvalue().replace("\r", "")
+    assert plain.getvalue() == f"! gpu-01: warning · engine: {words}\n"
+    assert words in summary(progress, seconds=1, log=None, retry=None, check=True)
 
 
 def test_a_source_that_is_lost_does_not_make_the_host_unreachable() -> None:

@@ -19,7 +19,7 @@ from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet.bootstrap import host_lock
 from mixtral_run.fleet.bootstrap import teardown as module
 from mixtral_run.fleet.bootstrap.host_lock import Held
-from mixtral_run.fleet.bootstrap.teardown import STAYS, Removal, TeardownRequest, listing, teardown
+from mixtral_run.fleet.bootstrap.teardown import LEFT_ON_HOSTS, STAYS, Removal, TeardownRequest, listing, teardown
 from mixtral_run.fleet.hosts import Host, remember_hosts, remembered_hosts
 from mixtral_run.fleet.jobs.jobs import JobRow
 from mixtral_run.fleet.plays.runner import Play, PlayEnd
@@ -28,7 +28,7 @@ ONE, TWO = Host("gpu-01", "gpu-01", "ubuntu"), Host("gpu-02", "gpu-02", "ubuntu"
 CHANGES = (
     ("image", "Keep the image", {"changed": True, "removed": ["mixtral-run:local"]}),
     ("swap", "Keep a swap file", {"changed": False}),
-    ("docker", "Remove settings", {"changed": True}),
+    ("docker", "Remove settings", {"changed": True, "restored": ["docker.io 20"], "notes": ["runc stays away"]}),
 )
 
 
@@ -87,16 +87,27 @@ def test_it_lists_asks_and_takes_back(hosts: None) -> None:
     assert all(play.playbook.name == "teardown.yml" for play in StandInPlay.seen)
     assert "  - image · Keep the image: mixtral-run:local" in said and "swap" not in said.partition("this goes")[2]
     assert all(line in said for line in STAYS)
+    assert "this comes back, which the kit had replaced\n  - docker.io 20\n  - runc stays away\n" in said
     assert len(asked) == 1
     assert remembered_hosts() == ()
     told = json.loads(end.to_json())
     assert [host["name"] for host in told["hosts"]] == ["gpu-01", "gpu-02"]
     assert told["hosts"][0]["result"] == "done" and told["hosts"][0]["failure"] is None
     assert told["hosts"][0]["removed"] == [
-        {"task": "image · Keep the image", "removed": ["mixtral-run:local"]},
-        {"task": "docker · Remove settings", "removed": []},
+        {"task": "image · Keep the image", "removed": ["mixtral-run:local"], "restored": [], "notes": []},
+        {"task": "docker · Remove settings", "removed": [], "restored": ["docker.io 20"], "notes": ["runc stays away"]},
     ]
     assert not told["check"] and told["stays"] == list(STAYS)
+
+
+def test_what_is_left_and_how_it_goes_is_told_once_it_is_over(hosts: None, tmp_path: Path) -> None:
+    end, _, _ = run()
+    assert "rm -r ~/.cache/mixtral-run" in end.text and f"rm -r {tmp_path}/mixtral-run" in end.text
+    told = json.loads(end.to_json())["left"]
+    assert len(told["hosts"]) == len(LEFT_ON_HOSTS) and told["here"][0]["remove"] == f"rm -r {tmp_path}/mixtral-run"
+    for settings in ({"check": True}, {"tags": ("swap",)}):
+        remember_hosts([ONE, TWO])
+        assert "rm -r" not in run(**settings)[0].text
 
 
 @pytest.mark.parametrize(
