@@ -89,6 +89,13 @@ def _digest(path):
     """Return the MD5 of a file, with which dpkg compares, or None if there is no file."""
     try:
         with open(path, "rb") as file:
-            return hashlib.md5(file.read(), usedforsecurity=False).hexdigest()
+            return _md5(file.read())
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
+
+
+def _md5(content):
+    try:
+        return hashlib.md5(content, usedforsecurity=False).hexdigest()
+    except TypeError:  # Python 3.8 has no such word
+        return hashlib.md5(content).hexdigest()
