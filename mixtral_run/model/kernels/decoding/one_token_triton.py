@@ -20,7 +20,7 @@ from mixtral_run.model.kernels.selected import capability_of
 
 EIGHT_BITS = Tile(4, 1024, 4), Tile(4, 1024, 4)
 FOUR_BITS = Tile(4, 512, 4), Tile(4, 512, 4)
-"""Tiles of the first product and of the second; depth is in numbers of the weight."""
+"""Tiles of the first product and of the second; depth is in numbers of the weight, two of which share a byte of nf4."""
 
 
 @triton.jit
@@ -115,27 +115,25 @@ def _summed_8_bits_kernel(
 
 
 @triton.jit
-def _times_4_bits(words_ptr, scales_ptr, levels_ptr, row_ptr, start, words, BLOCK: tl.constexpr):
-    """Return the products of a slice of a row with numbers of a weight, added within words: fp32 [rows, words].
+def _times_4_bits(codes_ptr, scales_ptr, levels_ptr, row_ptr, start, pairs, BLOCK: tl.constexpr):
+    """Return the products of a slice of a row with numbers of a weight, added in pairs: fp32 [rows, slice / 2].
 
-    A word of 32 bits has 8 numbers, the first in its lowest bits. words_ptr, scales_ptr: places [rows, 1] of the
-    weight's rows. words: numbers of the slice's words. BLOCK: numbers that share a scale.
+    codes_ptr, scales_ptr: places [rows, 1] of the weight's rows. pairs: numbers of the slice's bytes. BLOCK: numbers
+    that share a scale.
     """
-    places = start + words
-    word = tl.load(words_ptr + places[None, :], eviction_policy="evict_first")
-    scale = tl.load(scales_ptr + (8 * places // BLOCK)[None, :]).to(tl.float32)
-    level = tl.load(levels_ptr + (word & 15))
-    sums = level * tl.load(row_ptr + 8 * places).to(tl.float32)[None, :]
-    for number in tl.static_range(1, 8):
-        level = tl.load(levels_ptr + ((word >> (4 * number)) & 15))
-        sums += level * tl.load(row_ptr + 8 * places + number).to(tl.float32)[None, :]
-    return sums * scale
+    places = start + pairs
+    byte = tl.load(codes_ptr + places[None, :], eviction_policy="evict_first").to(tl.int32)
+    scale = tl.load(scales_ptr + (2 * places // BLOCK)[None, :]).to(tl.float32)
+    even = tl.load(row_ptr + 2 * places).to(tl.float32)[None, :]
+    odd = tl.load(row_ptr + 2 * places + 1).to(tl.float32)[None, :]
+    low, high = tl.load(levels_ptr + (byte & 15)), tl.load(levels_ptr + ((byte >> 4) & 15))
+    return (low * even + high * odd) * scale
 
 
 @triton.jit
 def _gated_4_bits_kernel(
     token_ptr,
-    words_ptr,
+    codes_ptr,
     scales_ptr,
     levels_ptr,
     experts_ptr,
@@ -153,17 +151,24 @@ def _gated_4_bits_kernel(
 ):
     choice = tl.program_id(1)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    words = tl.arange(0, DEPTH // 8)
+    pairs = tl.arange(0, DEPTH // 2)
     expert = tl.load(experts_ptr + choice)
     row = (expert * (2 * ffn) + rows)[:, None].to(tl.int64)
-    place, scales = words_ptr + row * (HIDDEN // 8), scales_ptr + row * (HIDDEN // BLOCK)
+    codes, scales = codes_ptr + row * (HIDDEN // 2), scales_ptr + row * (HIDDEN // BLOCK)
     skipped = ffn.to(tl.int64)
-    up_place, up_scales = place + skipped * (HIDDEN // 8), scales + skipped * (HIDDEN // BLOCK)
-    gates = tl.zeros([ROWS, DEPTH // 8], dtype=tl.float32)
-    ups = tl.zeros([ROWS, DEPTH // 8], dtype=tl.float32)
-    for start in range(0, HIDDEN // 8, DEPTH // 8):
-        gates += _times_4_bits(place, scales, levels_ptr, token_ptr, start, words, BLOCK)
-        ups += _times_4_bits(up_place, up_scales, levels_ptr, token_ptr, start, words, BLOCK)
+    gates = tl.zeros([ROWS, DEPTH // 2], dtype=tl.float32)
+    ups = tl.zeros([ROWS, DEPTH // 2], dtype=tl.float32)
+    for start in range(0, HIDDEN // 2, DEPTH // 2):
+        gates += _times_4_bits(codes, scales, levels_ptr, token_ptr, start, pairs, BLOCK)
+        ups += _times_4_bits(
+            codes + skipped * (HIDDEN // 2),
+            scales + skipped * (HIDDEN // BLOCK),
+            levels_ptr,
+            token_ptr,
+            start,
+            pairs,
+            BLOCK,
+        )
     gate, up = tl.sum(gates, axis=1), tl.sum(ups, axis=1)
     if RANK > 0:
         half = half_ptr + expert * half_stride
@@ -176,7 +181,7 @@ def _gated_4_bits_kernel(
 @triton.jit
 def _summed_4_bits_kernel(
     active_ptr,
-    words_ptr,
+    codes_ptr,
     scales_ptr,
     levels_ptr,
     experts_ptr,
@@ -195,15 +200,15 @@ def _summed_4_bits_kernel(
     PADDED: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    words = tl.arange(0, DEPTH // 8)
+    pairs = tl.arange(0, DEPTH // 2)
     total = tl.zeros([ROWS], dtype=tl.float32)
     for choice in tl.static_range(TOPK):
         expert = tl.load(experts_ptr + choice)
         row = (expert * hidden + rows)[:, None].to(tl.int64)
-        place, scales = words_ptr + row * (FFN // 8), scales_ptr + row * (FFN // BLOCK)
-        sums = tl.zeros([ROWS, DEPTH // 8], dtype=tl.float32)
-        for start in range(0, FFN // 8, DEPTH // 8):
-            sums += _times_4_bits(place, scales, levels_ptr, active_ptr + choice * FFN, start, words, BLOCK)
+        codes, scales = codes_ptr + row * (FFN // 2), scales_ptr + row * (FFN // BLOCK)
+        sums = tl.zeros([ROWS, DEPTH // 2], dtype=tl.float32)
+        for start in range(0, FFN // 2, DEPTH // 2):
+            sums += _times_4_bits(codes, scales, levels_ptr, active_ptr + choice * FFN, start, pairs, BLOCK)
         part = tl.sum(sums, axis=1)
         if RANK > 0:
             half = half_ptr + expert * half_stride
@@ -234,7 +239,6 @@ def outputs_of_one(
     if in_4_bits:
         levels = levels_on(token.device)
         gate["BLOCK"], total["BLOCK"] = (2 * codes.shape[-1] // scales.shape[-1] for codes, scales in (first, second))
-        first, second = ((codes.view(torch.int32), scales) for codes, scales in (first, second))
         _gated_4_bits_kernel[grids[0]](
             token, *first, levels, experts, active, *inner.pointers, ffn, **gate, **inner.sizes
         )
