@@ -226,6 +226,9 @@ class VerbCommand(click.Command):
             return f"; {foreign}"
         if len(flag) < 4:
             return ""
+        if flag == "--json":
+            # The flags with a name like this one do something else.
+            return "; this verb prints no JSON"
         found = [name for name in names if name.startswith(flag)]
         # Megatron's users write --tp for --tensor-model-parallel-size.
         found = found or [name for name in names if len(flag) < 6 and _are_initials(flag[2:], name[2:])]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 from mixtral_run.errors import ConfigError
 from mixtral_run.inference.continuation import Sampling
 from mixtral_run.inference.session import Session
+
+SAMPLE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,10 @@ class AnswersFile:
 def run_hash(session: Session, sampling: Sampling, dtype: str, base_precision: str = "bf16") -> str:
     """Return a short hash of the model, the chat template and the settings that decide the answers."""
     adapter = session.adapter
-    # Of an HF directory only the first half of its fingerprint is known before its weights are loaded.
+    # Of an HF directory only the first half of its fingerprint, without the weights, is known before they are loaded.
     parts: list[Any] = [session.base.fingerprint.split("-")[0], session.template.fingerprint, asdict(sampling), dtype]
+    if session.base.weights is not None:
+        parts.append({each.name: _sample(each) for each in session.base.weights.files})
     if adapter is not None:
         files = dict(adapter.files) or {
             each.name: each.stat().st_size for each in adapter.folder.iterdir() if each.is_file()
@@ -99,6 +104,14 @@ def run_hash(session: Session, sampling: Sampling, dtype: str, base_precision: s
     if base_precision != "bf16":
         parts.append(base_precision)
     return _hash(parts)
+
+
+def _sample(file: Path) -> tuple[int, int]:
+    """Return a file's size and the CRC-32 of bytes in its middle: other weights of the same form differ there."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        stream.seek(max(size // 2 - SAMPLE_BYTES // 2, 0))
+        return size, zlib.crc32(stream.read(SAMPLE_BYTES))
 
 
 def _hash(value: Any) -> str:

@@ -34,7 +34,7 @@ from mixtral_run.train.model_limits import length_problems, recompute_problems, 
 from mixtral_run.train.outcome.log_to import logger_problems
 from mixtral_run.weights.adapter.given_adapter import describe_given_adapter
 from mixtral_run.weights.hf.hub import HubModel, with_models_here
-from mixtral_run.weights.io.atomic_folder import disk_problems, on_one_disk, writing_problems
+from mixtral_run.weights.io.atomic_folder import NO_SPACE, disk_problems, on_one_disk, writing_problems
 from mixtral_run.weights.manifest.adapter_files import TOKENIZER
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST
 from mixtral_run.weights.manifest.describe import (
@@ -344,6 +344,8 @@ def _next_step(config: TrainingConfig, problems: list[str]) -> str:
     """Return what to do next about problems of settings."""
     if any(each.startswith(_NOTHING_TO_RESUME) for each in problems):
         return "the same command without --resume, or with the --save of a run that has saved a checkpoint"
+    if isinstance(config, RunConfig) and config.save and any(each.startswith(NO_SPACE) for each in problems):
+        return "free space there, or the same command with another --save, or with a smaller --keep-last"
     if isinstance(config, RunConfig) and config.save and any(each.endswith(_NOT_EMPTY) for each in problems):
         has_run = (config.save / LATEST).exists()
         more = ", or with --resume, which continues the run that is there" if has_run else ""

@@ -151,7 +151,7 @@ def _convert(paths: Paths, layout: dict[str, Any], report: Report) -> str:
         ),
         report,
     )
-    return f"{result.num_bytes / 1e6:.1f} MB streamed, fingerprint {result.fingerprint[:12]}"
+    return f"{result.num_bytes / 1e6:.1f} MB streamed, fingerprint …{result.fingerprint.split('-')[-1][:12]}"
 
 
 def _verify(paths: Paths, layout: dict[str, Any]) -> str:

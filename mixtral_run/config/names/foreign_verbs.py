@@ -55,8 +55,12 @@ FOREIGN_VERBS: dict[str, str] = {
         "mixtral-run data check FILE; finetune tokenizes by itself",
     ),
     **dict.fromkeys(
-        ("dpo", "orpo", "kto", "ppo", "grpo", "rlhf", "reward", "rm"),
-        "mixtral-run finetune --help: it learns from answers; training on preferences or rewards is not offered",
+        ("dpo", "orpo", "kto", "simpo", "preferences"),
+        "mixtral-run align --method dpo, kto, orpo or simpo, which learns from preferences",
+    ),
+    **dict.fromkeys(
+        ("ppo", "grpo", "rlhf", "reward", "rm"),
+        "mixtral-run align, which learns from preferences; training with a reward model is not offered",
     ),
     **dict.fromkeys(("inspect", "info", "describe", "show"), "mixtral-run verify --load CHECKPOINT"),
     **dict.fromkeys(("help", "usage", "version"), "mixtral-run --help, or --version"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import time
 from contextlib import suppress
@@ -91,12 +92,12 @@ def export(config: ExportConfig, report: Report | None = None) -> ExportResult:
     if config.format == "vllm" and not config.merge:
         report.say(
             f"  next: vllm serve HF_MODEL --enable-lora --max-lora-rank {max_lora_rank(peft.max_rank)} "
-            f"--lora-modules adapter={config.output_path}"
+            f"--lora-modules {shlex.quote(f'adapter={config.output_path}')}"
         )
     elif config.merge:
-        report.say(f"  next: mixtral-run generate --load {config.output_path} --instruction …")
+        report.say(f"  next: mixtral-run generate --load {shlex.quote(str(config.output_path))} --instruction …")
     else:
-        report.say(f"  next: PeftModel.from_pretrained(model, '{config.output_path}')")
+        report.say(f"  next: PeftModel.from_pretrained(model, {str(config.output_path)!r})")
     return result
 
 

@@ -18,6 +18,7 @@ from mixtral_run.weights.io.disk import exchange
 from mixtral_run.weights.io.files import replaced_folder, sync_path, write_atomically
 
 GIB = 2**30
+NO_SPACE = "no space on the disk of"
 _CAN_OVERWRITE = "--overwrite replaces it"
 _MOVING = ".moving.json"
 """File in the work folder while its content is moved up; it lists the new entries and those that they replace."""
@@ -75,10 +76,11 @@ def output_problems(output: Path, *, overwrite: bool, is_ours: Callable[[Path], 
 
 
 def next_output(problems: Sequence[str]) -> str | None:
-    """Return what to do next if problems of `output_problems` are among `problems`, else None."""
-    if not any(each.startswith("--output-path ") for each in problems):
+    """Return what to do next if problems of `output_problems` or `disk_problems` are among `problems`, else None."""
+    if not any(each.startswith(("--output-path ", NO_SPACE)) for each in problems):
         return None
-    return "the same command with another --output-path" + (
+    space = "free space there, or " if any(each.startswith(NO_SPACE) for each in problems) else ""
+    return f"{space}the same command with another --output-path" + (
         ", or with --overwrite" if any(_CAN_OVERWRITE in each for each in problems) else ""
     )
 
@@ -95,7 +97,7 @@ def disk_problems(output: Path, needed: int) -> list[str]:
     if free >= needed:
         return []
     return [
-        f"no space on the disk of {output}: expected {needed / GIB:,.2f} GiB free ({needed:,} bytes); "
+        f"{NO_SPACE} {output}: expected {needed / GIB:,.2f} GiB free ({needed:,} bytes); "
         f"found {free / GIB:,.2f} GiB ({free:,} bytes)"
     ]
 

@@ -202,5 +202,10 @@ def test_a_quantized_base_answers_as_its_dequantized_weights_do(
     assert found["stored"] == found["whole"]
     assert found["stored"] != found["plain"]
     assert not layout.cache_folder(loud, precision).exists()
-    with pytest.raises(ConfigError, match="does not belong to this run"):
-        generate(config(loud, tmp_path / "stored", max_new_tokens=24))
+    for other in (
+        config(loud, tmp_path / "stored", max_new_tokens=24),
+        config(loud, tmp_path / "whole", max_new_tokens=24),
+    ):
+        # Another precision; and other weights of the same form.
+        with pytest.raises(ConfigError, match="does not belong to this run"):
+            generate(other)

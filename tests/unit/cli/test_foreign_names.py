@@ -82,7 +82,8 @@ def test_the_answer_depends_on_the_verb() -> None:
         ("train", "mixtral-run finetune"), ("sft", "mixtral-run finetune"), ("merge", "mixtral-run export"),
         ("merge_lora", "mixtral-run export"), ("Inference", "mixtral-run generate"), ("ps", "mixtral-run jobs"),
         ("check", "mixtral-run data check FILE"), ("preprocess", "mixtral-run data check FILE"),
-        ("dpo", "mixtral-run finetune --help: it learns from answers; training on preferences"),
+        ("dpo", "mixtral-run align --method dpo, kto, orpo or simpo, which learns from preferences"),
+        ("grpo", "mixtral-run align, which learns from preferences; training with a reward model is not offered"),
     ],
 )  # fmt: skip
 def test_a_foreign_verb_is_answered(word: str, command: str) -> None:
@@ -90,6 +91,11 @@ def test_a_foreign_verb_is_answered(word: str, command: str) -> None:
     assert isinstance(error, ConfigError)
     assert error.next_command is not None and error.next_command.startswith(command)
     assert error.expected is None  # The list of all verbs would only hide the one that is meant.
+
+
+def test_a_verb_without_json_says_so() -> None:
+    """`--on`, which is near by its letters, would start the job on another machine."""
+    assert problems("export", "--json")[0] == "--json: there is no such flag; this verb prints no JSON"
 
 
 def test_a_config_file_without_its_flag_is_answered() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import shlex
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -26,6 +27,7 @@ from mixtral_run.train.data.reading.examples import (
     counted,
     read_examples,
 )
+from mixtral_run.train.data.reading.shapes import IS_PREFERENCE
 from mixtral_run.train.data.split import split_by_digest
 from mixtral_run.train.data.templates.encoded import EncodedExample
 from mixtral_run.train.data.templates.encoding import content_digest as digest_of_split
@@ -261,6 +263,12 @@ class _SpelledCount:
 def problem_error(result: CheckResult) -> ConfigError:
     """Return the error for data with bad examples. Their problems are in the result, which is printed before it."""
     verb = "finetune" if result.method is None else "align"
+    if result.method is None and result.problems and all(each.endswith(IS_PREFERENCE) for each in result.problems):
+        return ConfigError(
+            f"{counted(result.num_bad, 'example')} cannot be used, since finetune does not learn from preferences.",
+            where=" ".join(result.sources),
+            next_command=f"mixtral-run data check {shlex.join(result.sources)} --method dpo, with the other flags",
+        )
     helps = ["correct them"] if result.num_too_long < result.num_bad else []
     if result.num_too_long and result.lengths is not None:
         helps.append(f"--seq-length {result.lengths.longest_row} or more for those that are too long")

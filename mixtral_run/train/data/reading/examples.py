@@ -19,7 +19,7 @@ from mixtral_run.train.data.reading.data_files import DataFile, files_of
 from mixtral_run.train.data.reading.example import Example
 from mixtral_run.train.data.reading.preferences import PREFERENCE_LINES, convert_preference
 from mixtral_run.train.data.reading.records import BadRecord, Record
-from mixtral_run.train.data.reading.shapes import REQUIRED, Converted, convert, value_at
+from mixtral_run.train.data.reading.shapes import IS_PREFERENCE, REQUIRED, Converted, convert, value_at
 
 NUM_PROBLEMS_SHOWN = 10
 EXAMPLE_LINES = (
@@ -271,10 +271,15 @@ class ExampleStream:
             problems=self.problems.lines(),
             expected=_expected(self.options),
             found=f"{self.problems.num_examples:,} of {counted(total, 'example')} that cannot be used",
-            # If nothing else is left, there is nothing to train on.
-            next_command="correct them"
-            + (", or --skip-bad-examples to leave them out" if self.problems.num_examples < total else ""),
+            next_command=self._next_step(self.problems.num_examples < total),
         )
+
+    def _next_step(self, others_are_left: bool) -> str:
+        lines = self.problems.first
+        if lines and all(each.endswith(IS_PREFERENCE) for each in lines):
+            return "mixtral-run align --method dpo …, which learns from preferences"
+        # If nothing else is left, there is nothing to train on.
+        return "correct them" + (", or --skip-bad-examples to leave them out" if others_are_left else "")
 
     def _converted(self, record: Record) -> Converted:
         options = self.options

@@ -171,11 +171,15 @@ def _ambiguous(shapes: list[str]) -> str:
     return f"the keys fit more than one shape: {names}; --data-format {'|'.join(shapes)} chooses"
 
 
+IS_PREFERENCE = "mixtral-run align learns from 'chosen' and 'rejected'"
+"""End of the problem of an example that only `align` takes."""
+
+
 def _unknown(values: Mapping[str, Any]) -> str:
     """Return the problem of keys that fit no shape, with what the closest shapes lack, or the --field that helps."""
     keys = ", ".join(sorted(map(repr, values)))[:120] or "none"
     if "chosen" in values and "rejected" in values:
-        return f"the keys fit no shape: {keys}; mixtral-run align learns from 'chosen' and 'rejected'"
+        return f"the keys fit no shape: {keys}; {IS_PREFERENCE}"
     near = [
         f"{name} needs {' and '.join(repr(key) for key in required if key not in values)}"
         for name, required in REQUIRED.items()

@@ -17,6 +17,7 @@ from mixtral_run.train.data.check.length_advice import Advice, LengthChoice, Len
 from mixtral_run.train.data.check.length_count import LengthCount, Lengths
 from mixtral_run.train.data.check.rendering import Part, Rendered
 from mixtral_run.train.data.reading.example import ASSISTANT, SYSTEM, USER, Example, Message
+from mixtral_run.train.data.reading.examples import ReadOptions, read_examples
 from mixtral_run.train.data.templates.encoded import EncodedExample
 
 ROWS = (LengthRow(0, 64, 80), LengthRow(64, 128, 0), LengthRow(128, 256, 1), LengthRow(256, 512, 3))
@@ -286,3 +287,15 @@ def test_good_data_end_without_an_error(tmp_path: Any, capsys: pytest.CaptureFix
     assert (error.what, error.where) == ("2 examples cannot be used.", "a b") and "run align …" in str(error)
     assert "run finetune …" in str(check.problem_error(CheckResult(("a",), 64, num_examples=1, num_bad=1)))
     assert check.problem_error(CheckResult(("a",), 64, num_bad=1)).next_command == "correct them"
+
+
+def test_preferences_are_sent_to_align(tmp_path: Any) -> None:
+    """Neither correcting them nor leaving them out would help."""
+    file = tmp_path / "my pairs.jsonl"
+    file.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    with pytest.raises(ConfigError) as caught:
+        run_check.run_check(CheckConfig(data_path=(str(file),)).check())
+    assert caught.value.next_command == f"mixtral-run data check '{file}' --method dpo, with the other flags"
+    with pytest.raises(ConfigError) as caught:
+        read_examples([str(file)], ReadOptions()).check()
+    assert caught.value.next_command == "mixtral-run align --method dpo …, which learns from preferences"

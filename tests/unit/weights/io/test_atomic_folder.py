@@ -203,6 +203,8 @@ def test_a_disk_that_is_too_small_in_bytes(tmp_path: Path, monkeypatch: pytest.M
         f"no space on the disk of {output}: expected 1.50 GiB free (1,610,612,737 bytes); "
         "found 1.50 GiB (1,610,612,736 bytes)"
     ]
+    next_step = next_output(disk_problems(output, 3 * 2**29 + 1))
+    assert next_step == "free space there, or the same command with another --output-path"
     # What an unfinished run left is used again or removed.
     work = tmp_path / ".out.unfinished"
     work.mkdir()
