@@ -169,7 +169,8 @@ def test_both_halves_products_of_a_gradient(routing: tuple[int, ...], width: int
     single = (product(gradient, half, offsets), outer_product(gradient, inner, offsets, dtype=torch.float32))
     expected = tuple(3.0 * each for each in single)
     for mine, right in zip(found, expected, strict=True):
-        assert float((mine - right).norm()) <= 4e-3 * float(right.norm())
+        # Each is rounded to bf16: with a single row of a number or two, by up to 4e-3 from each other.
+        assert float((mine.float() - right.float()).norm()) <= 6e-3 * float(right.float().norm())
     assert not found[0][count:].any()
 
 
