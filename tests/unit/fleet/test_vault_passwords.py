@@ -15,13 +15,20 @@ from mixtral_run.fleet.plays.vault import next_for_vault
 @pytest.fixture
 def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a folder with an inventory whose group_vars are encrypted."""
-    from ansible.parsing.vault import VaultLib, VaultSecret
-
     (tmp_path / "group_vars").mkdir()
     (tmp_path / "hosts.yml").write_text("all: {hosts: {gpu-01: }}")
     (tmp_path / "password").write_text("words\n")
-    vault = VaultLib([("default", VaultSecret(b"words"))])
-    (tmp_path / "group_vars/all.yml").write_bytes(vault.encrypt("swap_size_gib: 3"))
+    (tmp_path / "group_vars/all.yml").write_text("swap_size_gib: 3")
+    # In a process of its own: Ansible replaces functions of the interpreter, which torch does not expect.
+    encrypt = [
+        sys.executable,
+        "-m",
+        "ansible.cli.vault",
+        "encrypt",
+        "--vault-password-file",
+        str(tmp_path / "password"),
+    ]
+    subprocess.run([*encrypt, str(tmp_path / "group_vars/all.yml")], check=True, capture_output=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.delenv("ANSIBLE_VAULT_PASSWORD_FILE", raising=False)

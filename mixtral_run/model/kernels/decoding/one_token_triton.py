@@ -18,8 +18,8 @@ from mixtral_run.model.kernels.quantized.formats import FP8, levels_on
 from mixtral_run.model.kernels.requirements import NATIVE_FLOAT8
 from mixtral_run.model.kernels.selected import capability_of
 
-EIGHT_BITS = Tile(4, 1024, 4), Tile(4, 1024, 4)
-FOUR_BITS = Tile(4, 512, 4), Tile(4, 512, 4)
+EIGHT_BITS = Tile(2, 4096, 4), Tile(1, 256, 1)
+FOUR_BITS = Tile(8, 128, 1), Tile(4, 512, 2)
 """Tiles of the first product and of the second; depth is in numbers of the weight, two of which share a byte of nf4."""
 
 
