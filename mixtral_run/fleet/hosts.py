@@ -55,6 +55,24 @@ class Host:
         """Arguments of `bootstrap` for this host in a message, with the inventory that holds its variables."""
         return shlex.join(["-i", self.inventory, "--limit", self.name]) if self.inventory else self.target
 
+    @property
+    def ssh_arguments(self) -> list[str]:
+        """Arguments of ssh that select the host, with its user, port, key and further options."""
+        found = list(self.ssh_options)
+        if self.port:
+            found += ["-p", str(self.port)]
+        if self.user:
+            found += ["-l", self.user]
+        if self.identity_file:
+            found += ["-i", self.identity_file]
+        return [*found, "--", self.address]
+
+    def ssh_command(self, *flags: str, command: str | None = None) -> str:
+        """Return the command line that connects to the host as the kit does, for a message: it works when copied."""
+        *selecting, end_of_options, address = self.ssh_arguments
+        end = [end_of_options] if address.startswith("-") else []
+        return shlex.join(["ssh", *flags, *selecting, *end, address, *([command] if command else [])])
+
     def ansible_variables(self) -> dict[str, Any]:
         """Return the connection variables of the host for an inventory that the kit writes."""
         found: dict[str, Any] = {"ansible_host": self.address}

@@ -68,7 +68,7 @@ def main():
 
 def act(module):
     params = module.params
-    record = Record("acceptance", check_mode=module.check_mode)
+    record = Record("acceptance", check_mode=module.check_mode, mode=0o644)
     known = dict(record.values)
     if params["state"] == "absent":
         record.values.clear()
@@ -88,7 +88,7 @@ def act(module):
     if not changes and not params["force"]:
         if not isinstance(known.get("gpus"), dict):  # the record is of an older version
             record.values["gpus"] = _hardware(gpus)
-            record.save()
+        record.save()  # also opens the record of an older version, which only root could read
         module.exit_json(changed=False, report=known["report"], stamp=stamp, why="unchanged since it was accepted")
     _defer_when_busy(module, stamp, changes)
     if module.check_mode:

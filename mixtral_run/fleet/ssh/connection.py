@@ -62,14 +62,7 @@ def connection_options(known_hosts: Path, *, batch: bool = True, user_known_host
 
 def destination(host: Host) -> list[str]:
     """Return the ssh arguments that select the host, user, port and key."""
-    found = list(host.ssh_options)
-    if host.port:
-        found += ["-p", str(host.port)]
-    if host.user:
-        found += ["-l", host.user]
-    if host.identity_file:
-        found += ["-i", host.identity_file]
-    return [*found, "--", host.address]
+    return host.ssh_arguments
 
 
 def ssh_argv(host: Host, command: Sequence[str], known_hosts: Path, *, batch: bool = True) -> list[str]:
@@ -203,7 +196,7 @@ class Ssh:
                 f"{host.name} did not send what was asked for.",
                 where=host.target,
                 found=found,
-                next_command=f"ssh {host.address}, and look whether it is there and this user may read it",
+                next_command=f"{host.ssh_command()}, and look whether it is there and this user may read it",
             ) from problem
         if problem is not None:
             raise problem

@@ -28,10 +28,13 @@ def connection_error(host: Host, errors: str) -> HostError:
     for pattern, what, command in _CONNECTION_PROBLEMS:
         if re.search(pattern, errors, re.IGNORECASE):
             return HostError(
-                what.format(host=host), where=host.target, found=found, next_command=command.format(host=host)
+                what.format(host=host),
+                where=host.target,
+                found=found,
+                next_command=command.format(host=host, ssh=host.ssh_command()),
             )
     return HostError(
-        f"{host.name} cannot be reached.", where=host.target, found=found, next_command=f"ssh -v {host.address}"
+        f"{host.name} cannot be reached.", where=host.target, found=found, next_command=host.ssh_command("-v")
     )
 
 
@@ -54,7 +57,7 @@ def _changed_jump_host(host: Host, errors: str) -> HostError:
         expected=f"the key in {recorded.group(1)}, line {recorded.group(2)}" if recorded else "the key that ssh knows",
         found=_fingerprint(errors),
         next_command=f"if it was reimaged: {shlex.join(['ssh-keygen', *file, '-R', jump_host])}, then "
-        f"ssh {host.address}, which asks whether to accept the new key",
+        f"{host.ssh_command()}, which asks whether to accept the new key",
     )
 
 
@@ -67,7 +70,7 @@ _CONNECTION_PROBLEMS = (
         # The key of the host is accepted at first contact. ~/.ssh/config controls how ssh checks the jump host's key.
         r"host key verification failed",
         "The key of the jump host before {host.name} is not the one that ssh knows, or not known yet.",
-        "ssh {host.address}, which prints details and asks whether to accept the key",
+        "{ssh}, which prints details and asks whether to accept the key",
     ),
     (
         r"permission denied|too many authentication failures",

@@ -61,6 +61,7 @@ def check_answer(values: Any) -> dict[str, Any]:
     """Return the readings in the JSON values of an answer: the keys of ANSWER, and the records of the host.
 
     `acceptance` has `report` (an object, {} if there is none), `at` (text) and `identity` (machine-id, SSH host key).
+    `unreadable` lists the files and folders that only root can read.
     `cordon` is a Cordon, or None. `health` is a Health, or None without the health watch.
 
     Raises:
@@ -74,6 +75,8 @@ def check_answer(values: Any) -> dict[str, Any]:
     found["cordon"] = cordon_of(records["cordon"]) if "cordon" in (records or {}) else None
     found["rdma"] = _checked(values.get("rdma"), RDMA, "answer.rdma")
     found["health"] = health_of(records["health"], values.get("epoch")) if "health" in (records or {}) else None
+    unreadable: Any = _checked(values.get("unreadable") or [], [TEXT], "answer.unreadable")
+    found["unreadable"] = [one_line(path) for path in unreadable]
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -70,6 +71,8 @@ class HostStatus:
     set_up: str = ""
     reimaged: bool | None = None
     """True if the host was reinstalled since it was set up; None if it never was set up."""
+    unreadable: tuple[str, ...] = ()
+    """Files and folders of the host that only root can read, where sudo asks for a password."""
     differences: tuple[str, ...] = field(default=())
     warnings: tuple[str, ...] = field(default=())
 
@@ -114,18 +117,18 @@ def _read_host(ssh: Ssh, host: Host, payload: bytes, argument: str) -> HostStatu
         found = last_line(answer.errors) or last_line(answer.output) or f"exit code {answer.exit_code}"
         return HostStatus(host.name, reachable=answer.exit_code != 124, error=f"its state cannot be read: {found}")
     try:
-        return status_from(host.name, parse_json(answer.output))
+        return status_from(host, parse_json(answer.output))
     except ValueError as error:
         return HostStatus(host.name, reachable=True, error=f"its answer is not in the expected form: {error}")
 
 
-def status_from(name: str, values: Any) -> HostStatus:
+def status_from(host: Host, values: Any) -> HostStatus:
     """Return a host's state from the JSON values that `remote_status` printed. Raises ValueError for any other form."""
     found = check_answer(values)
     gpus, engine, fabric = found["gpus"], found["engine"], found["fabric_manager"]
     acceptance = found["acceptance"]
     return HostStatus(
-        name=name,
+        name=host.name,
         reachable=True,
         os=found["os"]["name"],
         kernel=found["kernel"],
@@ -159,7 +162,8 @@ def status_from(name: str, values: Any) -> HostStatus:
         acceptance=_acceptance(acceptance["report"]),
         set_up=acceptance["at"],
         reimaged=_reimaged(acceptance["identity"], found["identity"]),
-        warnings=_warnings(found),
+        unreadable=tuple(found["unreadable"]),
+        warnings=_warnings(host, found),
     )
 
 
@@ -207,7 +211,7 @@ def _acceptance(report: Mapping[str, Any]) -> str:
     return ", ".join(["accepted" if report.get("accepted") else "not accepted", *numbers])
 
 
-def _warnings(found: Mapping[str, Any]) -> tuple[str, ...]:
+def _warnings(host: Host, found: Mapping[str, Any]) -> tuple[str, ...]:
     driver, engine, gpus = found["driver"], found["engine"], found["gpus"]
     warnings = [str(found["cordon"])] if found["cordon"] is not None else []
     warnings += found["health"].warnings if found["health"] is not None else []
@@ -234,6 +238,8 @@ def _warnings(found: Mapping[str, Any]) -> tuple[str, ...]:
     warnings += [
         f"GPU {gpu['index']}: {gpu['ecc_errors']:g} uncorrectable ECC errors" for gpu in gpus if gpu["ecc_errors"]
     ]
+    if found["unreadable"]:
+        warnings.append(_unreadable(host, found["unreadable"]))
     if found["xid_errors"] is None and gpus:
         warnings.append("Xid errors cannot be read: that needs root, and sudo asks for a password")
     elif found["xid_errors"]:
@@ -241,6 +247,17 @@ def _warnings(found: Mapping[str, Any]) -> tuple[str, ...]:
     if engine["version"] and not found["image"]:
         warnings.append("the kit's image is missing")
     return tuple(_of_several_gpus(warnings))
+
+
+def _unreadable(host: Host, paths: Sequence[str]) -> str:
+    """Return the warning for paths that only root can read, with the command that helps."""
+    records = [path for path in paths if path.endswith(".json")]
+    # `bootstrap` writes the record of the acceptance so that every user can read it. Folders belong to their owner.
+    if records == list(paths):
+        command = f"mixtral-run bootstrap {host.bootstrap_arguments} --ask-become-pass"
+    else:
+        command = host.ssh_command("-t", command=shlex.join(["sudo", "ls", "-ld", *paths]))
+    return f"not readable: {', '.join(paths)}: that needs root, and sudo asks for a password; next: {command}"
 
 
 def _of_several_gpus(warnings: Sequence[str]) -> list[str]:

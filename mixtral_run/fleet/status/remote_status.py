@@ -15,6 +15,7 @@ import sys
 import time
 from typing import Any
 
+RECORDS = "/var/lib/mixtral-run"
 LABEL_JOB = "org.mixtral-run.job"
 # The user of the jobs owns the folders of the checkpoints and of the models. Nothing in them may make the answer so
 # long or so odd that the reader (`answer.py`) refuses the answer as a whole.
@@ -43,6 +44,8 @@ def read_status(folders: dict[str, str]) -> dict[str, Any]:
     found["models"] = cached_models(folders["hf_home"])
     found["checkpoints"], found["adapters"] = checkpoints(folders["checkpoints"])
     found["jobs"] = jobs()
+    shown = [os.path.join(RECORDS, name + ".json") for name in ("acceptance", "cordon", "health")]
+    found["unreadable"] = probe.unreadable([folders["checkpoints"], os.path.join(folders["hf_home"], "hub"), *shown])
     found["root"] = os.geteuid() == 0
     found["epoch"] = int(time.time())
     return found

@@ -94,10 +94,15 @@ def remove(path):
 
 
 class Record:
-    """JSON object in RECORD_FOLDER. Callers change `values` in place; `save()` writes it, except in check mode."""
+    """JSON object in RECORD_FOLDER. Callers change `values` in place; `save()` writes it, except in check mode.
 
-    def __init__(self, name, folder=RECORD_FOLDER, check_mode=False):
+    mode: only root reads a record by default, because settings as found on the host may hold passwords. A record
+    without secrets that `mixtral-run status` shows has 0644: status also reads hosts whose sudo asks for a password.
+    """
+
+    def __init__(self, name, folder=RECORD_FOLDER, check_mode=False, mode=0o600):
         self.path = os.path.join(folder, name + ".json")
+        self._mode = mode
         self._check_mode = check_mode
         try:
             self.values = json.loads(read_text(self.path, "{}"))
@@ -111,7 +116,9 @@ class Record:
         if self.values:
             text = json.dumps(self.values, indent=2, sort_keys=True) + "\n"
             if text != read_text(self.path):
-                write_text(self.path, text, mode=0o600)
+                write_text(self.path, text, mode=self._mode)
+            elif stat.S_IMODE(os.stat(self.path).st_mode) != self._mode:  # an older version wrote it
+                os.chmod(self.path, self._mode)
         else:
             remove(self.path)
             with contextlib.suppress(OSError):  # it holds other records, or models

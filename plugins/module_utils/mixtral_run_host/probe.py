@@ -6,6 +6,7 @@ import glob
 import json
 import os
 import re
+import stat
 
 from . import services
 from .commands import MISSING, TIMED_OUT, run
@@ -195,7 +196,10 @@ def cdi(folders=CDI_FOLDERS):
         for path in sorted(
             glob.glob(os.path.join(folder, "nvidia*.y*ml")) + glob.glob(os.path.join(folder, "nvidia*.json"))
         ):
-            text = read_text(path, "")
+            try:
+                text = read_text(path, "")
+            except PermissionError:  # the engine reports the devices that it found in it
+                continue
             if "nvidia.com/gpu" not in text:
                 continue
             # Names are on separate lines in both YAML and JSON. A GPU is listed by its index and often by its UUID too.
@@ -235,13 +239,28 @@ def images(label="org.mixtral-run.inputs"):
 
 
 def records(folder=RECORD_FOLDER):
-    """Return the kit's records of this host by name. An unreadable record is None."""
+    """Return the kit's records of this host by name. A damaged record, or one that only root can read, is None."""
     found = {}
     for path in sorted(glob.glob(os.path.join(folder, "*.json"))):
         try:
             found[os.path.basename(path)[: -len(".json")]] = json.loads(read_text(path, "{}"))
-        except ValueError:
+        except (ValueError, PermissionError):
             found[os.path.basename(path)[: -len(".json")]] = None
+    return found
+
+
+def unreadable(paths):
+    """Return those of the paths that exist and that this user may not read, or may not reach."""
+    found = []
+    for path in paths:
+        try:
+            needed = os.R_OK | os.X_OK if stat.S_ISDIR(os.stat(path).st_mode) else os.R_OK
+            if not os.access(path, needed, effective_ids=True):
+                found.append(path)
+        except PermissionError:
+            found.append(path)
+        except OSError:
+            continue
     return found
 
 

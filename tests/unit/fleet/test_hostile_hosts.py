@@ -93,7 +93,7 @@ def test_the_cases_are_there() -> None:
 
 
 def test_the_good_answer_is_good() -> None:
-    status = status_from("good", good_values())
+    status = status_from(parse_host("good"), good_values())
     assert status.error is None and status.num_gpus == 1 and status.jobs == ("finetune-1 (finetune, 2 hours ago)",)
 
 
@@ -101,7 +101,7 @@ def test_the_good_answer_is_good() -> None:
 def test_any_value_in_any_place_is_read_or_refused(value: Any) -> None:
     for path in paths_of(good_values()):
         try:
-            status = status_from("evil", replaced(path, value))
+            status = status_from(parse_host("evil"), replaced(path, value))
         except ValueError as error:
             assert str(error).isprintable() and len(str(error)) < 300
             continue
@@ -113,9 +113,9 @@ def test_a_missing_reading_is_named() -> None:
     values = good_values()
     del values["engine"]["cdi_devices"]
     with pytest.raises(ValueError, match=r"engine: cdi_devices missing"):
-        status_from("evil", values)
+        status_from(parse_host("evil"), values)
     with pytest.raises(ValueError, match=r"models\[1\]: expected text; found 1"):
-        status_from("evil", json.loads((HOSTILE / "status_models_odd.json").read_text()))
+        status_from(parse_host("evil"), json.loads((HOSTILE / "status_models_odd.json").read_text()))
 
 
 def test_status_shows_no_control_sequence(answers: Any, tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_a_host_of_an_inventory_is_set_up_again_with_it() -> None:
         (
             CHANGED_BEFORE,
             "The jump host [127.0.0.1]:2222 before gpu-01:2222 has another host key",
-            "ssh-keygen -R '[127.0.0.1]:2222', then ssh gpu-01",
+            "ssh-keygen -R '[127.0.0.1]:2222', then ssh -p 2222 -l ops gpu-01",
         ),
         ("ops@gpu-01: Permission denied (publickey).", "refuses the key", "bootstrap --ask-pass ops@gpu-01:2222"),
         ("ssh: Could not resolve hostname gpu-01: Name or service not known", "cannot be resolved", "HostName"),
@@ -159,3 +159,12 @@ def test_a_long_hostile_error_takes_no_time() -> None:
     changed = "host identification has changed\nssh_exchange_identification\n"
     connection_error(HOST, changed + "Offending " + "key in " * 10_000 + ":1" * 10_000 + "x")
     assert time.process_time() - began < 5
+
+
+def test_the_command_in_a_hint_selects_the_host_as_the_kit_does() -> None:
+    options = ("-o", "ProxyJump=ops@gate:22")
+    host = Host("gpu-01", "10.0.0.5", "ubuntu", 2222, "/keys/a key", options, "/srv/hosts.yml")
+    expected = "ssh -v -o ProxyJump=ops@gate:22 -p 2222 -l ubuntu -i '/keys/a key' 10.0.0.5"
+    assert connection_error(host, "an unknown problem").next_command == expected
+    jump = connection_error(host, "Host key verification failed.").next_command
+    assert jump is not None and jump.startswith(expected.replace(" -v", ""))

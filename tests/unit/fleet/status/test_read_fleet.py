@@ -26,7 +26,7 @@ def read(**more: Any) -> HostStatus:
         "adapters": [], "jobs": [], "records": {"acceptance": {"stamp": {"identity": IDENTITY}, "at": "now"}},
         "identity": IDENTITY, "xid_errors": [],
     }  # fmt: skip
-    return status_from("gpu-01", {**found, **more})
+    return status_from(parse_host("gpu-01"), {**found, **more})
 
 
 def test_a_sound_host_warns_of_nothing() -> None:
@@ -67,6 +67,16 @@ def test_a_reason_that_was_cut_ends_in_dots() -> None:
     assert cut.endswith("xxx …")
     (whole,) = read(records={"acceptance": acceptance, "cordon": {**cordon, "reason": "a fan"}}).warnings
     assert whole.endswith(": a fan")
+
+
+def test_a_path_that_only_root_can_read_is_named_with_the_next_command() -> None:
+    record, folder = "/var/lib/mixtral-run/acceptance.json", "/srv/checkpoints"
+    status = read(unreadable=[record], records={"acceptance": None})
+    (warning,) = status.warnings
+    assert status.unreadable == (record,) and status.driver == "580.1" and status.reimaged is None
+    assert record in warning and warning.endswith("next: mixtral-run bootstrap gpu-01 --ask-become-pass")
+    (warning,) = read(unreadable=[folder]).warnings
+    assert warning.endswith(f"next: ssh -t gpu-01 'sudo ls -ld {folder}'")
 
 
 def test_what_could_not_be_read_is_not_shown_as_none() -> None:

@@ -45,9 +45,13 @@ def test_it_is_done_when_they_are_idle_and_not_again(programs: Programs, setting
     call_module(MODULE, **settings, measure_when_busy=True)
     record = json.loads((settings["record_folder"] / "acceptance.json").read_text())
     assert record["gpus"] == {"memory_gib": {"GPU-1": 79.6}, "nvlinks": 2} and record["stamp"]["gpus"] == ["GPU-1"]
+    file = settings["record_folder"] / "acceptance.json"
+    assert file.stat().st_mode & 0o777 == 0o644  # `status` reads it without root
+    file.chmod(0o600)
     assert call_module(MODULE, **settings)["why"] == "unchanged since it was accepted", (
         "a job is no reason to tell more"
     )
+    assert file.stat().st_mode & 0o777 == 0o644
     assert call_module(MODULE, **settings, force=True)["deferred"]
     assert len(programs.calls("docker run")) == 1
 

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -157,6 +158,27 @@ def test_records_by_name_and_damaged_ones(tmp_path: Path) -> None:
     (tmp_path / "swap.json").write_text("{")
     (tmp_path / "other.txt").write_text("{}")
     assert probe.records(str(tmp_path)) == {"docker": {"a": 1}, "swap": None}
+
+
+def test_records_and_folders_that_only_root_can_read_hide_nothing_else() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        (folder / "swap.json").write_text('{"a": 1}')
+        (folder / "acceptance.json").write_text("{}")
+        (folder / "acceptance.json").chmod(0)
+        (folder / "checkpoints").mkdir(mode=0o000)
+        paths = [str(folder / each) for each in ("swap.json", "acceptance.json", "checkpoints", "missing")]
+        paths.append(str(folder / "checkpoints/run"))
+        before = os.geteuid()
+        try:
+            os.seteuid(65534 if before == 0 else before)
+            found, unreadable = probe.records(name), probe.unreadable(paths)
+        finally:
+            os.seteuid(before)
+        (folder / "checkpoints").chmod(0o700)
+    assert found == {"acceptance": None, "swap": {"a": 1}}
+    assert unreadable == [paths[1], paths[2], paths[4]]
 
 
 def test_the_engine_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
