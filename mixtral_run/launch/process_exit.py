@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import multiprocessing
 import os
 import signal
 import sys
 import threading
+import time
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import NoReturn
 
@@ -16,6 +19,8 @@ from mixtral_run.launch.torchrun_errors import print_once
 INTERRUPTED = 128 + signal.SIGINT
 """Exit code of a process that Ctrl-C ended."""
 INTERRUPTED_WORD = "Interrupted."
+PATIENCE_SECONDS = 2.0
+"""Time after a first stop signal in which further ones are taken for the same key press."""
 
 
 def exit_with(message: str, exit_code: int) -> NoReturn:
@@ -37,6 +42,49 @@ def exit_silently(exit_code: int) -> NoReturn:
     """End the process as `exit_with` does, without a message: another process reports the end."""
     _ignore_signals(exit_code)
     sys.exit(exit_code)
+
+
+class StopOnce:
+    """Handler of the signals that stop a job's parent: the first one raises torchrun's SignalException.
+
+    Signals that follow while the processes stop are ignored: a second exception would break torchrun's own cleanup. A
+    SIGINT more than PATIENCE_SECONDS after the first signal kills the processes of the job.
+    """
+
+    def __init__(self) -> None:
+        self._first: float | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        from torch.distributed.elastic.agent.server.api import SignalException  # type: ignore[attr-defined]
+
+        del frame
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now
+            name = signal.Signals(number)
+            raise SignalException(f"Process {os.getpid()} got signal: {name}", sigval=name)
+        if number == signal.SIGINT and now - self._first > PATIENCE_SECONDS:
+            for child in multiprocessing.active_children():
+                child.kill()  # torchrun then stops waiting for them, and cleans up as always
+
+    @contextlib.contextmanager
+    def installed(self, numbers: Sequence[signal.Signals]) -> Iterator[None]:
+        """Handle the signals in the block, in place of torchrun's handler; after it too, once one of them has come."""
+        from torch.distributed.elastic.multiprocessing import api
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        theirs = api._terminate_process_handler
+        before = {number: signal.signal(number, self) for number in numbers}
+        api._terminate_process_handler = self  # torchrun installs it again for each group of processes
+        try:
+            yield
+        finally:
+            api._terminate_process_handler = theirs
+            if self._first is None:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
 
 
 def end_at_once(code: object, program: FrameType) -> None:

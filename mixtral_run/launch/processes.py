@@ -28,6 +28,7 @@ from mixtral_run.errors import ConfigError
 from mixtral_run.launch.hang_watch import watching
 from mixtral_run.launch.heartbeat import DIRECTORY_VARIABLE
 from mixtral_run.launch.parent_death import FORK_SERVER_PARENT
+from mixtral_run.launch.process_exit import StopOnce
 from mixtral_run.launch.terminal import is_lent
 from mixtral_run.launch.worker_errors import collect_error
 
@@ -181,7 +182,8 @@ def was_stopped() -> bool:
 def start_processes(count: int, work: Callable[..., None], *arguments: object) -> None:
     """Call `work(error_directory, *arguments)` in `count` processes of this machine, under torchrun; wait for them.
 
-    The parent passes SIGINT and SIGTERM on; the processes then have SHUTDOWN_SECONDS to save.
+    The parent passes SIGINT and SIGTERM on; the processes then have SHUTDOWN_SECONDS to save. StopOnce handles further
+    signals: it ignores a burst of them, and a later Ctrl-C ends the job at once.
 
     Raises:
         MixtralRunError: The error of a hang (hang_watch.py), else the error that a process left with
@@ -199,6 +201,8 @@ def start_processes(count: int, work: Callable[..., None], *arguments: object) -
     for noisy in [name for name in logging.root.manager.loggerDict if name.startswith(noise)]:
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
+    # A process that has the terminal decides what Ctrl-C means.
+    numbers = [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, *([] if is_lent() else [signal.SIGINT])]
     with tempfile.TemporaryDirectory(prefix="mixtral-run-") as folder:
         job = TorchrunConfig(
             min_nodes=1,
@@ -211,11 +215,11 @@ def start_processes(count: int, work: Callable[..., None], *arguments: object) -
             start_method="forkserver",
             # torchrun removes no folder that it makes.
             logs_specs=DefaultLogsSpecs(log_dir=str(Path(folder) / "torchrun")),
-            # A process that has the terminal decides what Ctrl-C means.
-            signals_to_handle="SIGTERM,SIGHUP,SIGQUIT" if is_lent() else "SIGTERM,SIGINT,SIGHUP,SIGQUIT",
+            signals_to_handle=",".join(number.name for number in numbers),
         )
         try:
-            with watching(Path(folder)) as watch:
+            stop = StopOnce()
+            with stop.installed(numbers), watching(Path(folder)) as watch:
                 elastic_launch(job, work)(folder, *arguments)
         except ChildFailedError as failure:
             if watch.error is not None:
