@@ -54,16 +54,16 @@ class StopOnce:
     def __init__(self) -> None:
         self._first: float | None = None
 
-    def __call__(self, number: int, frame: FrameType | None) -> None:
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
         from torch.distributed.elastic.agent.server.api import SignalException  # type: ignore[attr-defined]
 
         del frame
         now = time.monotonic()
         if self._first is None:
             self._first = now
-            name = signal.Signals(number)
+            name = signal.Signals(signum)
             raise SignalException(f"Process {os.getpid()} got signal: {name}", sigval=name)
-        if number == signal.SIGINT and now - self._first > PATIENCE_SECONDS:
+        if signum == signal.SIGINT and now - self._first > PATIENCE_SECONDS:
             for child in multiprocessing.active_children():
                 child.kill()  # torchrun then stops waiting for them, and cleans up as always
 
