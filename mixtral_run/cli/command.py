@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import re
 from collections.abc import Collection, Container, Iterable, Sequence
 from typing import Any
 
@@ -40,10 +41,21 @@ SECTIONS = (
 _MOST_SUGGESTED = 3
 
 
+OFF, NOT_SET = "off", "not set"
+"""How --help shows the defaults False and None."""
+_NAMES_A_DEFAULT = re.compile(r"\[default: |\bDefault: |\[required\]")
+
+
+def with_default(text: str, shown: str) -> str:
+    """Return the help of an option with its default, unless the help names one or says that the option is required."""
+    return text if _NAMES_A_DEFAULT.search(text) else f"{text}  [default: {shown}]"
+
+
 class Option(click.Option):
     """An option with the section of --help that shows it.
 
     A list with commas may be given in several parts: the value of `--tags a --tags b` is `a,b`.
+    Help that does not name a default gets one: off for a switch, else that the option is not set.
 
     bare: the value that the flag means if none of `values` follows it; None if a value must follow.
     """
@@ -58,6 +70,8 @@ class Option(click.Option):
     ) -> None:
         if str(settings.get("metavar")).endswith(",…") and "multiple" not in settings:
             settings |= {"multiple": True, "callback": _with_commas}
+        if settings.get("help"):
+            settings["help"] = with_default(settings["help"], OFF if settings.get("is_flag") else NOT_SET)
         super().__init__(*names, **settings)
         self.section, self.bare, self.values = section, bare, values
 

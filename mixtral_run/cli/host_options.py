@@ -90,14 +90,21 @@ _JOB: tuple[Callable[..., Any], ...] = (
         "ulimits",
         multiple=True,
         metavar="NAME=N",
-        help="Limit of the job's container in place of the default ones. none: those of the Docker engine.",
+        help="Limit of the job's container in place of the default ones. none: those of the Docker engine.  "
+        "[default: memlock=-1, stack=67108864, nofile=1048576:1048576]",
     ),
     _option(
         "--checkpoints-folder",
         metavar="FOLDER",
-        help="Folder of each host that is /checkpoints in the job's container.",
+        help="Folder of each host that is /checkpoints in the job's container.  "
+        "[default: /var/lib/mixtral-run/checkpoints]",
     ),
-    _option("--hf-home", metavar="FOLDER", help="Folder of each host that is the Hugging Face cache of the job."),
+    _option(
+        "--hf-home",
+        metavar="FOLDER",
+        help="Folder of each host that is the Hugging Face cache of the job.  "
+        "[default: /var/lib/mixtral-run/huggingface]",
+    ),
     _option(
         "--max-restarts",
         type=WholeNumber(0),

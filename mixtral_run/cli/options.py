@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
-from mixtral_run.cli.command import DOUBTFUL, MEANT, PROBLEMS, is_about_data
+from mixtral_run.cli.command import DOUBTFUL, MEANT, PROBLEMS, Option, is_about_data
 from mixtral_run.cli.config_file import read_config_file
 from mixtral_run.cli.host_options import SCHEDULED, host_options, refuse_without_on, run_on_hosts, take_host_options
 from mixtral_run.cli.host_options import VERBS as HOST_VERBS
@@ -74,6 +74,8 @@ def setting_options(config_class: type[Config]) -> Decorator:
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         decorated: Callable[..., None] = click.option(
             "--config",
+            cls=Option,
+            section="Other",
             type=click.Path(path_type=Path, readable=False),  # `read_config_file` reports an unreadable file
             help="YAML, TOML or JSON file of settings, with the names of the flags. Flags on the command line take "
             "precedence. `mixtral-run config init VERB` writes one.",

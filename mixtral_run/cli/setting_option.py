@@ -12,7 +12,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from mixtral_run.cli.command import Option
+from mixtral_run.cli.command import NOT_SET, OFF, Option, with_default
 from mixtral_run.cli.completion import complete_choices, complete_value
 from mixtral_run.config.fields import flag_of, plain_type
 
@@ -70,11 +70,17 @@ def _help_text(item: dataclasses.Field[Any], wanted: Any) -> str:
     text: str = item.metadata["help"]
     if item.default is MISSING and item.default_factory is MISSING:
         return text + "  [required]"
-    if item.default in (None, False, ()) or wanted is bool:
-        return text
-    default = item.default
-    shown = ", ".join(default) if isinstance(default, tuple) else f"{default:g}" if wanted is float else default
-    return f"{text}  [default: {shown}]"
+    return with_default(text, _shown(item.default, wanted))
+
+
+def _shown(default: Any, wanted: Any) -> str:
+    if wanted is bool and default is not None:
+        return "on" if default else OFF
+    if default is None or default == ():
+        return NOT_SET
+    if isinstance(default, tuple):
+        return ", ".join(map(str, default))
+    return f"{default:g}" if wanted is float else str(default)
 
 
 class _Value(click.ParamType[Any]):

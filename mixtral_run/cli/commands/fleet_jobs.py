@@ -125,7 +125,9 @@ def stop(job: str, on: tuple[str, ...]) -> None:
 @_output("--overwrite", is_flag=True, help="Replace a file or folder of the same name.")
 @_on
 @_on_hosts(
-    "--checkpoints-folder", metavar="FOLDER", help="Folder of the host that is /checkpoints, if not the default."
+    "--checkpoints-folder",
+    metavar="FOLDER",
+    help="Folder of the host that is /checkpoints.  [default: /var/lib/mixtral-run/checkpoints]",
 )
 def fetch(job: str, destination: Path, overwrite: bool, on: tuple[str, ...], checkpoints_folder: str | None) -> None:
     """Copy the output of a job (an adapter, an export, a report) to this machine, or any file or folder of a host.

@@ -49,8 +49,16 @@ _output = partial(click.option, cls=Option, section="Output")
 @_output(
     "--history", is_flag=True, help="Show who changed what and when on each host instead, as the hosts recorded it."
 )
-@_on_hosts("--checkpoints-folder", metavar="FOLDER", help="Folder of the checkpoints on the hosts, if not the default.")
-@_on_hosts("--hf-home", metavar="FOLDER", help="Hugging Face cache on the hosts, if not the default.")
+@_on_hosts(
+    "--checkpoints-folder",
+    metavar="FOLDER",
+    help="Folder of the checkpoints on the hosts.  [default: /var/lib/mixtral-run/checkpoints]",
+)
+@_on_hosts(
+    "--hf-home",
+    metavar="FOLDER",
+    help="Hugging Face cache on the hosts.  [default: /var/lib/mixtral-run/huggingface]",
+)
 @_on_hosts("--image", metavar="NAME", help="Container image of the jobs.  [default: mixtral-run:local]")
 def status(
     hosts: tuple[str, ...],

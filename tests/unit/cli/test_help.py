@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 import subprocess
 import sys
@@ -15,8 +16,9 @@ from click.testing import CliRunner
 from mixtral_run.cli.command import PROBLEMS, SECTIONS, VerbCommand
 from mixtral_run.cli.main import VERBS, root
 from mixtral_run.config import data
-from mixtral_run.config.fields import Config
+from mixtral_run.config.fields import Config, flag_of
 from mixtral_run.config.verbs import align, evaluate, generate, plan, pretrain, serve, training, trial, weights
+from mixtral_run.fleet.jobs.job_spec import JobOptions
 
 BLOCKED = (
     "torch", "ansible_runner", "ansible", "megatron", "transformers", "numpy", "rich", "safetensors", "yaml",
@@ -123,3 +125,32 @@ def test_every_option_is_in_a_known_section(verb: str) -> None:
     context = click.Context(command(verb), parent=click.Context(root, **root.context_settings))
     for each in command(verb).get_params(context):
         assert getattr(each, "section", "Other") in SECTIONS
+
+
+def _defaults(verb: str) -> dict[str, str]:
+    """Return the help of each visible option of a verb, by its first name."""
+    context = click.Context(command(verb), parent=click.Context(root, **root.context_settings))
+    options = [each for each in command(verb).get_params(context) if isinstance(each, click.Option)]
+    return {each.opts[0]: each.help or "" for each in options if not each.hidden and "--help" not in each.opts}
+
+
+@pytest.mark.parametrize("verb", LEAVES)
+def test_every_option_shows_one_default(verb: str) -> None:
+    for name, text in _defaults(verb).items():
+        shown = len(re.findall(r"\[default: [^]]+\]|\bDefault: |\[required\]", text))
+        assert shown == 1 and "None" not in text.split("[default")[-1], (name, text)
+
+
+def test_zero_switches_and_unset_values_are_shown_as_defaults() -> None:
+    found = {name: text.split("  [default: ")[-1] for name, text in _defaults("finetune").items()}
+    assert found["--early-stopping-patience"] == found["--lr-warmup-iters"] == "0]"
+    assert (found["--report"], found["--mock-data"], found["--detach"]) == ("on]", "off]", "off]")
+    assert found["--valid-data-path"] == found["--wait"] == "not set]"
+
+
+def test_defaults_of_jobs_are_those_of_their_options() -> None:
+    options, shown = JobOptions(), _defaults("finetune")
+    for name in ("checkpoints_folder", "hf_home", "image", "shm_size", "rendezvous_port"):
+        assert shown[flag_of(name)].endswith(f"  [default: {getattr(options, name)}]")
+    assert all(limit in shown["--ulimit"] for limit in options.ulimits)
+    assert _defaults("fetch")["--checkpoints-folder"].endswith(f"  [default: {options.checkpoints_folder}]")
