@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-from mixtral_run.errors import described
+from mixtral_run.errors import MixtralRunError, described
 from mixtral_run.terminal.live import ActivityRow, BarRow, Display, Row, TrainingRow, is_live
 
 STREAM_VARIABLE = "MIXTRAL_RUN_REPORT_STREAM"
@@ -112,6 +112,20 @@ def json_document(enabled: bool) -> Iterator[dict[str, Any]]:
     finally:
         if enabled:
             print(json.dumps(document, indent=2, ensure_ascii=False), flush=True)
+
+
+@contextmanager
+def error_as_json(enabled: bool) -> Iterator[None]:
+    """Print a JSON object with the error if one is raised in the context, where a verb has printed nothing yet.
+
+    The error is raised again, so that the caller reports it and sets the exit code.
+    """
+    try:
+        yield
+    except MixtralRunError as error:
+        if enabled:
+            print(json.dumps({"ok": False, "error": described(error)}, indent=2, ensure_ascii=False), flush=True)
+        raise
 
 
 class Report:

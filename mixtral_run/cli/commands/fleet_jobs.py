@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from mixtral_run.cli.command import Option, VerbCommand, WholeNumber
 from mixtral_run.cli.completion import complete_hosts
+
+if TYPE_CHECKING:
+    from mixtral_run.errors import MixtralRunError
+    from mixtral_run.fleet.jobs.jobs import JobRow
+    from mixtral_run.fleet.launchers.launcher import JobState
 
 _on_hosts = partial(click.option, cls=Option, section="Hosts")
 _output = partial(click.option, cls=Option, section="Output")
@@ -21,7 +28,7 @@ _on = _on_hosts(
 )
 
 
-@click.command(cls=VerbCommand, examples=("jobs --running", "jobs gpu-01 gpu-02"))
+@click.command(cls=VerbCommand, examples=("jobs --running --json", "jobs gpu-01 gpu-02"))
 @click.argument("hosts", nargs=-1, shell_complete=complete_hosts, metavar="[[USER@]HOST[:PORT]]...")
 @_on_hosts(
     "-i",
@@ -30,23 +37,53 @@ _on = _on_hosts(
     help="Ansible inventory, in place of hosts on the command line.",
 )
 @_output("--running", is_flag=True, help="Only jobs that are running.")
-def jobs(hosts: tuple[str, ...], inventory: Path | None, running: bool) -> None:
+@_output("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def jobs(hosts: tuple[str, ...], inventory: Path | None, running: bool, as_json: bool) -> None:
     """List the jobs on hosts, newest first. Without hosts also the jobs that --launcher gave to a scheduler."""
-    from mixtral_run.errors import MixtralRunError
+    from mixtral_run.fleet.launchers.scheduled_jobs import raise_errors
+    from mixtral_run.terminal.report import json_document
+
+    with json_document(as_json) as document:
+        scheduled, shown, bare, errors = _all_jobs(hosts, inventory, running)
+        if as_json:
+            document |= {
+                "ok": not errors,
+                "jobs": [{**asdict(row), "host": row.host.name, "running": row.running} for row in shown],
+                "scheduled": [{**asdict(each), "running": each.running} for each in scheduled],
+                "hosts_without_docker": bare,
+                "problems": [str(error) for error in errors],
+            }
+        else:
+            _print_jobs(scheduled, shown, bare, nothing=not errors)
+        raise_errors(errors)
+
+
+def _all_jobs(
+    hosts: tuple[str, ...], inventory: Path | None, running: bool
+) -> tuple[list[JobState], list[JobRow], list[str], list[MixtralRunError]]:
+    """Return the jobs of schedulers and of hosts, the names of hosts without Docker, and what could not be read."""
     from mixtral_run.fleet.hosts import remembered_hosts
+    from mixtral_run.fleet.jobs.host_facts import NoEngineError
     from mixtral_run.fleet.jobs.jobs import list_jobs
-    from mixtral_run.fleet.launchers.scheduled_jobs import raise_errors, scheduled_jobs
+    from mixtral_run.fleet.launchers.scheduled_jobs import scheduled_jobs
     from mixtral_run.fleet.selection import hosts_of
-    from mixtral_run.terminal.report import Report
 
     named = bool(hosts) or inventory is not None
     states, problems = ([], []) if named else scheduled_jobs()
     # A site that has only a scheduler has no hosts of its own.
     only_scheduled = not named and bool(states or problems) and not remembered_hosts()
     rows, refused = ([], []) if only_scheduled else list_jobs(hosts_of(hosts, inventory, None))
-    errors: list[MixtralRunError] = [*problems, *refused]
+    bare = [error.host.name for error in refused if isinstance(error, NoEngineError)]
+    errors = [*problems, *(error for error in refused if not isinstance(error, NoEngineError))]
     shown = [row for row in rows if row.running or not running]
     scheduled = [state for state in states if state.running or not running]
+    return scheduled, shown, bare, errors
+
+
+def _print_jobs(scheduled: list[JobState], shown: list[JobRow], bare: list[str], *, nothing: bool) -> None:
+    """Print the tables of jobs. nothing: say so if there are none."""
+    from mixtral_run.terminal.report import Report
+
     report = Report()
     if scheduled:
         table = [
@@ -65,9 +102,10 @@ def jobs(hosts: tuple[str, ...], inventory: Path | None, running: bool) -> None:
             for row, end in zip(shown, ends, strict=True)
         ]
         report.table(columns, cells)
-    elif not errors and not scheduled:
+    elif nothing and not scheduled:
         report.say("No jobs.")
-    raise_errors(errors)
+    for name in bare:
+        report.say(f"{name}: no Docker: not bootstrapped")
 
 
 @click.command(

@@ -16,12 +16,14 @@ from mixtral_run.config.verbs.plan import PlanConfig
         "plan --gpus 1 --gpu-memory 40 --base-precision nf4 --all",
     ),
 )
-@config_options(PlanConfig)
+@config_options(PlanConfig, errors_as_json=True)
 def plan(config: PlanConfig) -> None:
     """Print the memory that a LoRA run needs on each GPU, by part, for each layout. The best that fits comes first.
 
     Needs no GPU. Without --gpu it plans for the GPU of this machine, and for Hopper if there is none.
     """
     from mixtral_run.planner.table import show_plan
+    from mixtral_run.terminal.report import error_as_json
 
-    show_plan(config)
+    with error_as_json(config.json):
+        show_plan(config)

@@ -47,23 +47,21 @@ def runs(
     plot: Path | None,
 ) -> None:
     """List the runs that finetune has written, the newest first. FOLDER: of runs, or a run itself; default: here."""
-    _check(folders, on, best, compare, plot)
-    if checkpoints_folder is not None and (not on or not checkpoints_folder.startswith("/")):
-        raise ConfigError(
-            "--checkpoints-folder is a folder of hosts.",
-            expected="--on HOST, and an absolute path",
-            found=checkpoints_folder,
-        )
-    if compare:
-        _compare(compare, plot, as_json)
-        return
-    rows, problems = _rows(folders, on, checkpoints_folder)
-    remarks: list[str] = []
-    if best and (rows or not problems):
-        from mixtral_run.results.run_table import best_run
+    from mixtral_run.terminal.report import error_as_json
 
-        row, remarks = best_run(rows)
-        rows = [dict(row)]
+    with error_as_json(as_json):
+        _check(folders, on, best, compare, plot)
+        _check_folder(on, checkpoints_folder)
+        if compare:
+            _compare(compare, plot, as_json)
+            return
+        rows, problems = _rows(folders, on, checkpoints_folder)
+        remarks: list[str] = []
+        if best and (rows or not problems):
+            from mixtral_run.results.run_table import best_run
+
+            row, remarks = best_run(rows)
+            rows = [dict(row)]
     if as_json:
         click.echo(json.dumps({"runs": rows, "problems": problems, "remarks": remarks}, indent=2))
     else:
@@ -89,6 +87,15 @@ def _check(
         problems.append(f"--plot: expected a file that ends in {' or '.join(SUFFIXES)}; found {plot}")
     if problems:
         raise ConfigError("Some settings are wrong.", problems=problems)
+
+
+def _check_folder(on: tuple[str, ...], checkpoints_folder: str | None) -> None:
+    if checkpoints_folder is not None and (not on or not checkpoints_folder.startswith("/")):
+        raise ConfigError(
+            "--checkpoints-folder is a folder of hosts.",
+            expected="--on HOST, and an absolute path",
+            found=checkpoints_folder,
+        )
 
 
 def _rows(

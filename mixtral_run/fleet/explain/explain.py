@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from mixtral_run.errors import ConfigError
 from mixtral_run.fleet.explain.known_failure import KnownFailure
@@ -76,20 +77,46 @@ def record_failures(messages: dict[str, str]) -> None:
 
 def explain(words: str) -> str:
     """Return the answer to `mixtral-run explain WORDS`. Raises ConfigError if no known failure matches."""
+    recorded, found = _answer(words)
+    explained = [_explain_recorded(name, message) for name, message in recorded.items()]
+    if not words:
+        listed = [f"  {failure.name:<18} {failure.title}" for failure in found]
+        return "\n\n".join([*explained, "Known failures (mixtral-run explain NAME):\n" + "\n".join(listed)])
+    return "\n\n".join([*explained, *(render(failure) for failure in found)])
+
+
+def explain_json(words: str) -> dict[str, Any]:
+    """Return the answer to `mixtral-run explain WORDS --json`. Raises ConfigError if no known failure matches."""
+    recorded, found = _answer(words)
+    return {
+        "recorded": [
+            {"name": name, "message": message, "failures": [_as_json(each) for each in recognize_all(message)]}
+            for name, message in recorded.items()
+        ],
+        "failures": [_as_json(failure) for failure in found],
+    }
+
+
+def _answer(words: str) -> tuple[dict[str, str], tuple[KnownFailure, ...]]:
+    """Return the recorded messages and the known failures that answer `words`. Raises ConfigError if there are none."""
     recorded: dict[str, str] = read_json(failures_file(), {})
     if words in recorded:
-        return _explain_recorded(words, recorded[words])
+        return {words: recorded[words]}, ()
     if not words:
-        explained = [_explain_recorded(name, message) for name, message in recorded.items()]
-        listed = [f"  {failure.name:<18} {failure.title}" for failure in KNOWN_FAILURES]
-        return "\n\n".join([*explained, "Known failures (mixtral-run explain NAME):\n" + "\n".join(listed)])
+        return recorded, tuple(KNOWN_FAILURES)
     found = find(words)
     if not found:
         raise ConfigError(
             f"No known failure matches {words[:80]!r}.",
             next_command="mixtral-run explain    # the whole list; or paste the error message",
         )
-    return "\n\n".join(render(failure) for failure in found)
+    return {}, found
+
+
+def _as_json(failure: KnownFailure) -> dict[str, Any]:
+    return {
+        "name": failure.name, "title": failure.title, "cause": failure.cause, "commands": list(failure.commands)
+    }  # fmt: skip
 
 
 def _explain_recorded(name: str, message: str) -> str:

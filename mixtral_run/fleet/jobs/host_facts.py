@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mixtral_run.errors import ConfigError
+from mixtral_run.errors import ConfigError, HostError
+from mixtral_run.fleet.hosts import Host
 from mixtral_run.fleet.untrusted import one_line
 
 
@@ -45,6 +46,27 @@ else
 fi
 """
 """Script that sets $docker to the command for the engine, or prints user and reason and exits with code 3."""
+
+NO_ENGINE = 69
+"""Exit code of NEEDS_ENGINE."""
+NEEDS_ENGINE = f"""
+command -v docker >/dev/null 2>&1 || sudo -n sh -c 'command -v docker' >/dev/null 2>&1 || exit {NO_ENGINE}
+"""
+"""Script that ends with code NO_ENGINE on a host that has no program `docker`, for this user or for root."""
+
+
+class NoEngineError(HostError):
+    """A host that has no Docker, and so no jobs. Lists show it as the state of the host."""
+
+    def __init__(self, host: Host) -> None:
+        super().__init__(
+            f"{host.name} has no Docker: not bootstrapped.",
+            where=host.target,
+            found="docker: not found",
+            next_command=f"mixtral-run bootstrap {host.bootstrap_arguments}",
+        )
+        self.host = host
+
 
 FACTS_SCRIPT = (
     FIND_ENGINE

@@ -17,6 +17,7 @@ from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet.cordon import CORDON_FILE, cordon_error
 from mixtral_run.fleet.explain.explain import recognize
 from mixtral_run.fleet.hosts import Host, inventory_entry_of, names_of, remember_hosts, remembered_hosts
+from mixtral_run.fleet.jobs import host_facts
 from mixtral_run.fleet.jobs.host_facts import FACTS_SCRIPT, FIND_ENGINE, HostFacts, check_same_gpus, parse_facts
 from mixtral_run.fleet.jobs.job_spec import (
     DETACHED,
@@ -45,8 +46,7 @@ from mixtral_run.fleet.jobs.taking import (
 )
 from mixtral_run.fleet.selection import hosts_of
 from mixtral_run.fleet.ssh.connection import Answer, Ssh
-from mixtral_run.fleet.ssh.problems import connection_error, last_line, reason_of
-from mixtral_run.fleet.untrusted import one_line
+from mixtral_run.fleet.ssh.problems import connection_error, last_line, odd_answer, reason_of
 
 ENGINE_SCRIPT = FIND_ENGINE + 'exec $docker "$@"'
 KEPT_CONTAINERS = 10
@@ -173,7 +173,7 @@ def _facts_or_problem(ssh: Ssh, host: Host, options: JobOptions, *, needs_image:
     try:
         facts, lines = parse_facts(answer.output)
     except ValueError as error:
-        return _odd_answer(host, "cannot run jobs", str(error))
+        return odd_answer(host, "cannot run jobs", str(error))
     if lines["cordon"]:
         return cordon_error(host, lines["cordon"].removeprefix("1"))
     if needs_image and lines["image"] != "1":
@@ -207,16 +207,6 @@ def _engine_problem(host: Host, answer: Answer, what: str) -> HostError:
         where=host.target,
         found=found,
         next_command=command,
-    )
-
-
-def _odd_answer(host: Host, what: str, found: str) -> HostError:
-    """Return the error for a host that answers in another form than the kit's script prints."""
-    return HostError(
-        f"{host.name} {what}: its answer is not in the expected form.",
-        where=host.target,
-        found=one_line(found),
-        next_command=f"mixtral-run status {host.name}",
     )
 
 
@@ -286,7 +276,8 @@ _ROW = "\t".join(
     )
 )
 _LIST_SCRIPT = (
-    FIND_ENGINE
+    host_facts.NEEDS_ENGINE
+    + FIND_ENGINE
     + 'ids=$($docker ps --all --quiet --filter "label=$1") || exit; [ -z "$ids" ] || $docker inspect --format "$2" $ids'
 )
 
@@ -306,9 +297,14 @@ def list_jobs(hosts: Sequence[Host], ssh: Ssh | None = None) -> tuple[list[JobRo
 
 
 def _rows_of(ssh: Ssh, host: Host) -> tuple[list[JobRow], HostError | None]:
-    answer = ssh.run(host, ["sh", "-c", _LIST_SCRIPT, "list", LABEL_JOB, _ROW])
+    try:
+        answer = ssh.run(host, ["sh", "-c", _LIST_SCRIPT, "list", LABEL_JOB, _ROW])
+    except HostError as error:
+        return [], error
     if answer.exit_code == 255:
         return [], connection_error(host, answer.errors)
+    if answer.exit_code == host_facts.NO_ENGINE:
+        return [], host_facts.NoEngineError(host)
     # A container may be removed between `docker ps` and `docker inspect`.
     if answer.exit_code and "no such object" not in answer.errors.lower():
         return [], _engine_problem(host, answer, "does not report its jobs")
@@ -318,7 +314,7 @@ def _rows_of(ssh: Ssh, host: Host) -> tuple[list[JobRow], HostError | None]:
             rows.append(_row(host, line))
         except ValueError:
             odd.append(line)
-    return rows, _odd_answer(host, "does not report all its jobs", odd[0]) if odd else None
+    return rows, odd_answer(host, "does not report all its jobs", odd[0]) if odd else None
 
 
 _ROW_PATTERN = re.compile(
@@ -366,8 +362,9 @@ def find_whole_job(
     if len(found) == 1:
         whole = len(matching) >= max(row.num_hosts for row in matching)
         return sorted(matching, key=lambda row: hosts.index(row.host)), [] if whole else errors
-    if errors and not found:
-        _raise_all(errors, f"No job is called {name!r} on the hosts that answer.")
+    unknown = [error for error in errors if not isinstance(error, host_facts.NoEngineError)]
+    if unknown and not found:
+        _raise_all(unknown, f"No job is called {name!r} on the hosts that answer.")
     raise ConfigError(
         f"No job is called {name!r}." if not found else f"Several jobs are called {name!r}.",
         where=f"on {names_of(hosts)}",

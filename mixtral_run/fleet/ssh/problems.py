@@ -7,6 +7,7 @@ import shlex
 
 from mixtral_run.errors import HostError
 from mixtral_run.fleet.hosts import Host
+from mixtral_run.fleet.untrusted import one_line
 
 
 def connection_error(host: Host, errors: str) -> HostError:
@@ -121,3 +122,13 @@ def last_line(text: str) -> str:
 def reason_of(text: str) -> str:
     """Return the line in which the engine's client says why it failed: the last one that is not its advice."""
     return last_line(re.sub(r"^(Run|See) 'docker .*--help'.*$", "", text, flags=re.MULTILINE))
+
+
+def odd_answer(host: Host, what: str, found: str) -> HostError:
+    """Return the error for a host that answers in another form than the kit's script prints."""
+    return HostError(
+        f"{host.name} {what}: its answer is not in the expected form.",
+        where=host.target,
+        found=one_line(found),
+        next_command=f"mixtral-run status {host.name}",
+    )
