@@ -161,8 +161,6 @@ def take_host_options(flags: dict[str, Any]) -> dict[str, Any]:
 
 def run_on_hosts(verb: str, config: Config, given: dict[str, Any]) -> None:
     """Run a verb on the hosts of --on. Raise ConfigError if they are more than the verb can use."""
-    from mixtral_run.config.launch import LaunchConfig
-    from mixtral_run.errors import ConfigError
     from mixtral_run.fleet.jobs.job_spec import JobOptions
     from mixtral_run.fleet.jobs.run_on_hosts import run_on_hosts as job
 
@@ -178,9 +176,6 @@ def run_on_hosts(verb: str, config: Config, given: dict[str, Any]) -> None:
         assert isinstance(config, ServeConfig)
         serve(config, options)
         return
-    hosts = [piece for word in options.on for piece in word.split(",") if piece]
-    if len(hosts) > 1 and not isinstance(config, LaunchConfig):
-        raise ConfigError(f"{verb} runs on one host.", found=f"--on {','.join(hosts)}")
     job(verb, config, options)
 
 

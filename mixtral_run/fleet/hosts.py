@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -168,6 +167,11 @@ def inventory_names(listing: Mapping[str, Any]) -> list[str]:
     return _members(listing, GROUP) if GROUP in listing else _members(listing, "all")
 
 
+def groups_of(listing: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the hosts of each group of an inventory, those of its child groups included."""
+    return {name: _members(listing, name) for name in listing if name not in ("_meta", "all")}
+
+
 def hosts_of_inventory(listing: Mapping[str, Any], inventory: Path) -> tuple[Host, ...]:
     """Return the hosts in the output of `ansible-inventory --list`, templates resolved.
 
@@ -217,37 +221,6 @@ def _inventory_host(name: str, variables: Mapping[str, Any], inventory: Path) ->
         ssh_options=ssh_options,
         inventory=str(expanded(inventory).resolve()),
     )
-
-
-def limit_hosts(hosts: Sequence[Host], limit: str | None) -> tuple[Host, ...]:
-    """Return the hosts that `--limit gpu-01,gpu-1*,!gpu-13` selects. Raises ConfigError if a word matches no host."""
-    if not limit:
-        return tuple(hosts)
-    words = [word for word in re.split(r"[,\s]+", limit) if word]
-    wanted = [word for word in words if not word.startswith("!")]
-    chosen: list[Host] = [] if wanted else list(hosts)
-    unknown = []
-    for word in words:
-        pattern = word.removeprefix("!")
-        matching = [host for host in hosts if _is_meant(host, pattern)]
-        if not matching:
-            unknown.append(pattern)
-        elif word.startswith("!"):
-            chosen = [host for host in chosen if host not in matching]
-        else:
-            chosen += [host for host in matching if host not in chosen]
-    if unknown or not chosen:
-        raise ConfigError(
-            "--limit selects no host." if not unknown else "--limit names an unknown host.",
-            where=f"--limit {limit}",
-            expected=f"some of {names_of(hosts)}",
-            found=", ".join(unknown) or "none",
-        )
-    return tuple(host for host in hosts if host in chosen)
-
-
-def _is_meant(host: Host, pattern: str) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for name in (host.name, host.address, host.target))
 
 
 def names_of(hosts: Iterable[Host]) -> str:
@@ -305,12 +278,13 @@ def _fleet_file() -> Path:
 def find_hosts(words: Sequence[str], known: Sequence[Host] = ()) -> tuple[Host, ...]:
     """Return the hosts of `--on gpu-01,ops@gpu-02`: known hosts by name or address, others as they are written."""
     pieces = [piece for word in words for piece in word.split(",") if piece]
-    named = {piece: _known_as(piece, known) for piece in pieces}
+    named = {piece: known_as(piece, known) for piece in pieces}
     parse_hosts(piece for piece, host in named.items() if host is None)  # reports all problems at once
     return tuple(dict.fromkeys(named[piece] or parse_host(piece) for piece in pieces))
 
 
-def _known_as(piece: str, known: Sequence[Host]) -> Host | None:
+def known_as(piece: str, known: Sequence[Host]) -> Host | None:
+    """Return the host of this name or address. Raises ConfigError if several hosts have the address."""
     named = [host for host in known if piece in (host.name, host.target)]
     addressed = [host for host in known if host.address == piece]
     if len(addressed) > 1 and not named:

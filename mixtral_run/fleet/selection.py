@@ -7,21 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mixtral_run.errors import ConfigError
-from mixtral_run.fleet.hosts import (
-    Host,
-    find_hosts,
-    hosts_of_inventory,
-    inventory_entry_of,
-    limit_hosts,
-    remembered_hosts,
-)
+from mixtral_run.fleet.host_patterns import Groups, choose_hosts
+from mixtral_run.fleet.hosts import Host, groups_of, hosts_of_inventory, inventory_entry_of, remembered_hosts
 
 
 def hosts_of(words: tuple[str, ...], inventory: Path | None, limit: str | None) -> tuple[Host, ...]:
     """Return the hosts for a command line: named hosts, hosts of an inventory, or else the whole remembered fleet.
 
+    words, limit: names and Ansible host patterns (host_patterns.py). Groups are those of the inventory.
+
     Raises ConfigError if no host is selected.
     """
+    groups: Groups = {}
     if inventory is not None:
         from mixtral_run.fleet.plays.runner import read_inventory  # imported here because it loads ansible_runner
 
@@ -29,22 +26,18 @@ def hosts_of(words: tuple[str, ...], inventory: Path | None, limit: str | None) 
             raise ConfigError(
                 "There is no such inventory.", where=str(inventory), next_command="mixtral-run bootstrap ubuntu@gpu-01"
             )
-        listed = hosts_of_inventory(read_inventory(inventory), inventory)
-        named = find_hosts(words, listed)
-        unknown = [host.name for host in named if host not in listed]
-        if unknown:
-            raise ConfigError("The inventory does not contain these hosts.", where=str(inventory), problems=unknown)
-        found = named or listed
+        listing = read_inventory(inventory)
+        known, groups = hosts_of_inventory(listing, inventory), groups_of(listing)
     else:
         known = remembered_hosts()
-        found = find_hosts(words, known) if words else known
+    found = choose_hosts(words, known, groups, others=inventory is None) if words else known
     if not found:
         raise ConfigError(
             "No host is named, and none was bootstrapped from this machine before.",
             expected="[user@]name[:port] …, or -i INVENTORY",
             next_command="mixtral-run bootstrap ubuntu@gpu-01",
         )
-    return limit_hosts(found, limit)
+    return choose_hosts([limit], found, groups, others=False) if limit else tuple(found)
 
 
 def inventory_of(hosts: Sequence[Host]) -> Path | None:

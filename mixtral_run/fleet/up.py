@@ -20,11 +20,11 @@ from mixtral_run.fleet.bootstrap.bootstrap import BootstrapRequest, bootstrap
 from mixtral_run.fleet.hosts import Host
 from mixtral_run.fleet.jobs.container_paths import CHECKPOINTS
 from mixtral_run.fleet.jobs.fetch import fetch
+from mixtral_run.fleet.jobs.interactive import only_host
 from mixtral_run.fleet.jobs.job_log import JobFollower
 from mixtral_run.fleet.jobs.job_spec import JobOptions, host_path
 from mixtral_run.fleet.jobs.jobs import RunningJob, list_jobs
 from mixtral_run.fleet.jobs.queue import start_when_free
-from mixtral_run.fleet.selection import hosts_of
 from mixtral_run.fleet.ssh.connection import Ssh
 from mixtral_run.fleet.untrusted import parse_json
 from mixtral_run.terminal.report import Report
@@ -71,7 +71,7 @@ def up(config: UpConfig, request: BootstrapRequest, options: JobOptions, report:
     end = bootstrap(request)
     report.say(end.text)
     end.raise_if_bad()
-    (host,) = hosts_of(options.on, options.inventory, None)
+    host = only_host("up", options)
     ssh = Ssh()
     done = _what_is_done(ssh, host, config, options)
     _check_same_base(host, config, done)

@@ -31,7 +31,11 @@ _provision = partial(click.option, cls=Option, section="Provisioning")
     type=click.Path(path_type=Path),
     help="Ansible inventory, in place of hosts on the command line.",
 )
-@_on_hosts("--limit", metavar="HOST,…", help="Only these hosts. * and ! have the meaning that Ansible gives them.")
+@_on_hosts(
+    "--limit",
+    metavar="HOST,…",
+    help="Only these hosts: names, groups of the inventory, or patterns of Ansible.",
+)
 @_provision("--check", is_flag=True, help="Change nothing; report what would change. Works on bare hosts.")
 @_provision("--diff", is_flag=True, help="Show the changes of files.")
 @_provision("--tags", metavar="ROLE,…", help="Only these roles, such as docker,swap.")

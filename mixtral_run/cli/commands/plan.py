@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+
 import click
 
 from mixtral_run.cli.command import VerbCommand
 from mixtral_run.cli.options import config_options
 from mixtral_run.config.verbs.plan import PlanConfig
+from mixtral_run.errors import MixtralRunError
 
 
 @click.command(
@@ -25,5 +29,16 @@ def plan(config: PlanConfig) -> None:
     from mixtral_run.planner.table import show_plan
     from mixtral_run.terminal.report import error_as_json
 
-    with error_as_json(config.json):
+    if not config.json:
         show_plan(config)
+        return
+    # A plan in which no layout fits is printed before its error is raised.
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            show_plan(config)
+    except MixtralRunError:
+        with error_as_json(not printed.getvalue()):
+            raise
+    finally:
+        click.echo(printed.getvalue(), nl=False)

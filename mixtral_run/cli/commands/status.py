@@ -32,7 +32,11 @@ _output = partial(click.option, cls=Option, section="Output")
     type=click.Path(path_type=Path),
     help="Ansible inventory, in place of hosts on the command line.",
 )
-@_on_hosts("--limit", metavar="HOST,…", help="Only these hosts. * and ! have the meaning that Ansible gives them.")
+@_on_hosts(
+    "--limit",
+    metavar="HOST,…",
+    help="Only these hosts: names, groups of the inventory, or patterns of Ansible.",
+)
 @_output("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @_output("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write an HTML page that works offline.")
 @_on_hosts(

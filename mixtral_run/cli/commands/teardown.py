@@ -29,7 +29,11 @@ _output = partial(click.option, cls=Option, section="Output")
     type=click.Path(path_type=Path),
     help="Ansible inventory, in place of hosts on the command line.",
 )
-@_on_hosts("--limit", metavar="HOST,…", help="Only these hosts. * and ! have the meaning that Ansible gives them.")
+@_on_hosts(
+    "--limit",
+    metavar="HOST,…",
+    help="Only these hosts: names, groups of the inventory, or patterns of Ansible.",
+)
 @_provision("--check", is_flag=True, help="Change nothing; list what would go.")
 @_provision("--diff", is_flag=True, help="Show the changes of files in the list.")
 @_provision("--tags", metavar="ROLE,…", help="Only these roles, such as swap,acceptance.")

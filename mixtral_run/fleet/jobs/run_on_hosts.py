@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from mixtral_run.config.fields import Config
+from mixtral_run.config.launch import LaunchConfig
 from mixtral_run.config.names.store_names import store_url
 from mixtral_run.config.verbs.training import can_resume
 from mixtral_run.errors import INCURABLE, ConfigError, MixtralRunError, Stopped
@@ -33,7 +34,10 @@ def run_on_hosts(verb: str, config: Config, options: JobOptions) -> RunningJob:
 
     Raises the error class that belongs to the job's exit code, or Left if the user left the running job.
     """
-    num_hosts = 1 if options.on == (ANY,) else len(hosts_of(options.on, options.inventory, None))
+    hosts = () if options.on == (ANY,) else hosts_of(options.on, options.inventory, None)
+    num_hosts = len(hosts) or 1
+    if num_hosts > 1 and not isinstance(config, LaunchConfig):
+        raise ConfigError(f"{verb} runs on one host.", found=f"--on {','.join(host.name for host in hosts)}")
     _check(options, num_hosts)
     restarts = 0
     while True:

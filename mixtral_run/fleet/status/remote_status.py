@@ -42,10 +42,12 @@ def read_status(folders: dict[str, str]) -> dict[str, Any]:
     found["swap_used_gib"] = swap_used_gib()
     found["image"] = image(folders["image"])
     found["models"] = cached_models(folders["hf_home"])
-    found["checkpoints"], found["adapters"] = checkpoints(folders["checkpoints"])
+    closed: list[str] = []
+    found["checkpoints"], found["adapters"] = checkpoints(folders["checkpoints"], unreadable=closed)
     found["jobs"] = jobs()
     shown = [os.path.join(RECORDS, name + ".json") for name in ("acceptance", "cordon", "health")]
     found["unreadable"] = probe.unreadable([folders["checkpoints"], os.path.join(folders["hf_home"], "hub"), *shown])
+    found["unreadable"] += [path for path in closed if path not in found["unreadable"]]
     found["root"] = os.geteuid() == 0
     found["epoch"] = int(time.time())
     return found
@@ -100,15 +102,23 @@ def cached_models(hf_home: str) -> list[str]:
     return found[:MAX_ENTRIES]
 
 
-def checkpoints(folder: str, depth: int = 3) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def checkpoints(
+    folder: str, depth: int = 3, unreadable: list[str] | None = None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return the converted checkpoints and the adapters below a folder that have the marker of a complete one.
 
     A folder whose marker or record cannot be read or is not in its form is left out. At most MAX_ENTRIES of each kind
-    are returned.
+    are returned. unreadable: gets the folders, and the checkpoints, that this user may not read.
     """
+    closed: list[str] = [] if unreadable is None else unreadable
+
+    def note(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError) and len(closed) < MAX_ENTRIES:
+            closed.append(str(error.filename))
+
     bases: list[dict[str, Any]] = []
     adapters: list[dict[str, Any]] = []
-    for path, names, files in os.walk(folder):
+    for path, names, files in os.walk(folder, onerror=note):
         if path[len(folder) :].count(os.sep) >= depth:
             names[:] = []
         if "latest_checkpointed_iteration.txt" not in files:
@@ -116,6 +126,9 @@ def checkpoints(folder: str, depth: int = 3) -> tuple[list[dict[str, Any]], list
         names[:] = []
         try:
             kind, entry = _checkpoint(path)
+        except PermissionError as error:
+            note(error)
+            continue
         except (OSError, ValueError, RecursionError):
             continue
         found = adapters if kind == "adapter" else bases

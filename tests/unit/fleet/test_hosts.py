@@ -11,7 +11,6 @@ from mixtral_run.fleet.hosts import (
     find_hosts,
     forget_hosts,
     hosts_of_inventory,
-    limit_hosts,
     parse_host,
     parse_hosts,
     remember_hosts,
@@ -110,17 +109,6 @@ def test_hosts_of_several_inventories_are_reported_apart() -> None:
         "mixtral-run bootstrap -i '/racks/a b.yml' --limit gpu-01,gpu-02",
         "mixtral-run bootstrap gpu-03:2222",
     )
-
-
-def test_limit_takes_names_patterns_and_exceptions() -> None:
-    hosts = parse_hosts(["gpu-01", "gpu-02:2222", "gpu-13", "cpu-01"])
-    assert [host.name for host in limit_hosts(hosts, "gpu-*,!gpu-13")] == ["gpu-01", "gpu-02:2222"]
-    assert [host.name for host in limit_hosts(hosts, "!cpu-01")] == ["gpu-01", "gpu-02:2222", "gpu-13"]
-    assert limit_hosts(hosts, None) == hosts
-    with pytest.raises(ConfigError, match="gpu-99"):
-        limit_hosts(hosts, "gpu-01,gpu-99")
-    with pytest.raises(ConfigError, match="no host"):
-        limit_hosts(hosts, "gpu-01,!gpu-01")
 
 
 def test_the_fleet_is_remembered_and_found_by_short_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,7 +157,10 @@ def test_what_is_received_is_a_stream_whose_end_is_looked_at(started: Any, ssh: 
     with pytest.raises(HostError) as caught, ssh.receive(HOST, ["cat"]) as stream:
         stream.read()
     assert (caught.value.found, caught.value.where) == ("no such file", HOST.target)
-    assert caught.value.next_command == "ssh 10.0.0.1, and look whether it is there and this user may read it"
+    assert (
+        caught.value.next_command
+        == "ssh -p 2222 -l ops 10.0.0.1, and look whether it is there and this user may read it"
+    )
     # The command's own reason takes the place of what the receiver made of it; a lost connection as well.
     with pytest.raises(HostError, match="did not send what was asked for"), ssh.receive(HOST, ["cat"]):
         raise HostError("no tar archive")

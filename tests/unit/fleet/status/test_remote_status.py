@@ -106,3 +106,21 @@ def test_the_number_of_entries_is_bounded(tmp_path: Path, monkeypatch: pytest.Mo
         (tmp_path / f"hub/models--a--{number}/snapshots/1").mkdir(parents=True)
     assert len(read(tmp_path / "c")[0]) == 3
     assert cached_models(str(tmp_path)) == ["a/0", "a/1", "a/2"]
+
+
+def test_folders_and_markers_that_may_not_be_read_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "base")
+    write(tmp_path / "other")
+    (tmp_path / "private").mkdir()
+    scan, open_file = os.scandir, os.open
+    closed = {str(tmp_path / "private"), str(tmp_path / "other" / MARKER)}
+
+    def refuse(path: Any) -> None:
+        if str(path) in closed:
+            raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", lambda path: (refuse(path), scan(path))[1])
+    monkeypatch.setattr(os, "open", lambda path, *more, **named: (refuse(path), open_file(path, *more, **named))[1])
+    found: list[str] = []
+    bases, _ = checkpoints(str(tmp_path), unreadable=found)
+    assert [entry["path"] for entry in bases] == [str(tmp_path / "base")] and set(found) == closed

@@ -1,0 +1,106 @@
+"""Choice of hosts: Ansible's own patterns choose the same hosts here, and `gpu-02:2222` stays a host with its port."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mixtral_run.errors import ConfigError
+from mixtral_run.fleet import selection
+from mixtral_run.fleet.host_patterns import choose_hosts, split_patterns
+from mixtral_run.fleet.hosts import parse_hosts
+from mixtral_run.fleet.plays import runner
+
+NAMES = ("gpu-01", "gpu-02", "gpu-13", "cpu-01", "db.rack")
+GROUPS = {
+    "rack_1": ["gpu-01", "cpu-01"],
+    "rack_2": ["gpu-02", "gpu-13"],
+    "racks": ["gpu-01", "cpu-01", "gpu-02", "gpu-13"],
+}
+PATTERNS = (
+    "all", "*", "gpu-*", "gpu-0?", "gpu-0[!3]", "gpu-*:!gpu-01", "gpu-*,!gpu-01", "!gpu-01,gpu-*", "rack_1",
+    "rack_1:rack_2", "rack_*", "rack*", "racks:&gpu-*", "gpu-*,&rack_1", "racks:!rack_2", "racks:&gpu-*:!gpu-13",
+    "rack_2[0]", "rack_2[1]", "racks[1:2]", "racks[1:]", "gpu-*[-1]", "~gpu-(01|13)", "~(g|c)pu-01", "!cpu-01",
+    "&rack_1", "db.*", "gpu-01,gpu-01", "cpu-01,gpu-01", "all:!rack*",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ansible(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Ansible's inventory of the same hosts and groups."""
+    from ansible.inventory.manager import InventoryManager  # type: ignore[import-untyped]
+    from ansible.parsing.dataloader import DataLoader  # type: ignore[import-untyped]
+
+    file = tmp_path_factory.mktemp("inventory") / "hosts.ini"
+    lines = [*NAMES]
+    for group in ("rack_1", "rack_2"):
+        lines += [f"[{group}]", *GROUPS[group]]
+    file.write_text("\n".join([*lines, "[racks:children]", "rack_1", "rack_2", ""]))
+    return InventoryManager(loader=DataLoader(), sources=[str(file)])
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_pattern_selects_the_hosts_that_ansible_selects(pattern: str, ansible: Any) -> None:
+    found = choose_hosts([pattern], parse_hosts(NAMES), GROUPS, others=False)
+    theirs = [host.name for host in ansible.get_hosts(pattern)]
+    assert theirs and sorted(host.name for host in found) == sorted(theirs)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("gpu-02:2222", ["gpu-02:2222"]),
+        ("ops@gpu-02:2222:!gpu-a:22", ["ops@gpu-02:2222", "!gpu-a:22"]),
+        ("gpu-*:!gpu-a", ["gpu-*", "!gpu-a"]),
+        ("a, b c", ["a", "b", "c"]),
+        ("racks[1:2]:rack_1", ["racks[1:2]", "rack_1"]),
+        ("[fe80::1]:22,::1", ["[fe80::1]:22", "::1"]),
+        ("ops@fe80::1%eth0", ["ops@fe80::1%eth0"]),
+        ("~gpu:1", ["~gpu:1"]),
+    ],
+)
+def test_a_colon_before_digits_is_that_of_a_port(text: str, parts: list[str]) -> None:
+    assert split_patterns(text) == parts
+
+
+def test_hosts_with_ports_addresses_and_new_hosts_are_chosen() -> None:
+    known = parse_hosts(["ops@gpu-02:2222", "10.0.0.1", "[fe80::1]:22"])
+
+    def chosen(*words: str, others: bool = True) -> list[str]:
+        return [host.target for host in choose_hosts(words, known, {}, others=others)]
+
+    assert chosen("gpu-02:2222") == chosen("gpu-*") == chosen("all:!10.*:![[]*:!fe*") == ["ops@gpu-02:2222"]
+    assert chosen("10.*", "new:2222,fe80::1") == ["10.0.0.1", "new:2222", "[fe80::1]:22"]
+    assert chosen("[::1]:22") == ["[::1]:22"]
+    for words, reported in (
+        (("gpu-9*",), "gpu-9"), (("gpu-0*", "!gpu-99"), "gpu-99"), (("gpu-*:!gpu-*",), "none"),
+        (("gpu-*[3]",), r"gpu-\*\[3\]"),
+        (("new:x",), "new, x"), (("gpu-02:2222:nwe",), "nwe"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=reported) as caught:
+            chosen(*words)
+        assert "gpu-02:2222" in str(caught.value.expected)
+    with pytest.raises(ConfigError, match="new"):
+        chosen("new", others=False)
+    with pytest.raises(ConfigError, match="regular expression"):
+        chosen("~(")
+
+
+def test_groups_of_an_inventory_select_its_hosts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    listing = {
+        "_meta": {"hostvars": {}}, "all": {"children": ["mixtral_hosts", "rack_1"]},
+        "mixtral_hosts": {"hosts": ["gpu-01", "gpu-02"]}, "rack_1": {"children": ["top"], "hosts": []},
+        "top": {"hosts": ["gpu-02", "db"]},
+    }  # fmt: skip
+    monkeypatch.setattr(runner, "read_inventory", lambda _: listing)
+
+    def chosen(*words: str, limit: str | None = None) -> list[str]:
+        return [host.name for host in selection.hosts_of(words, tmp_path, limit)]
+
+    assert chosen() == chosen("mixtral_hosts") == ["gpu-01", "gpu-02"]
+    assert chosen("rack_1") == chosen(limit="mixtral_hosts:&rack_1") == chosen("gpu-*", limit="!gpu-01") == ["gpu-02"]
+    with pytest.raises(ConfigError) as caught:
+        chosen("gpu-03")
+    assert "gpu-01, gpu-02; groups: mixtral_hosts, rack_1, top" in str(caught.value.expected)
