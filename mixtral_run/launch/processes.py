@@ -183,7 +183,8 @@ def start_processes(count: int, work: Callable[..., None], *arguments: object) -
     """Call `work(error_directory, *arguments)` in `count` processes of this machine, under torchrun; wait for them.
 
     The parent passes SIGINT and SIGTERM on; the processes then have SHUTDOWN_SECONDS to save. StopOnce handles further
-    signals: it ignores a burst of them, and a later Ctrl-C ends the job at once.
+    signals: it ignores a burst of them, and a later Ctrl-C ends the job at once, as a process that saves has reported
+    (StopRequest).
 
     Raises:
         MixtralRunError: The error of a hang (hang_watch.py), else the error that a process left with

@@ -8,7 +8,7 @@ import torch
 
 from mixtral_run.config.verbs.pretrain import PretrainConfig
 from mixtral_run.config.verbs.training import FinetuneConfig
-from mixtral_run.launch.stop_request import stop_requests
+from mixtral_run.launch.stop_request import SAVING_CHECKPOINT, SAVING_NOTHING, stop_requests
 from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import open_mesh
@@ -107,7 +107,7 @@ def finetune(config: FinetuneConfig) -> None:
             saver = AdapterSaver(model, optimizer, config.save, config.distributed_timeout_minutes)
             board = config.save / TENSORBOARD if config.tensorboard and mesh.is_first else None
             with (
-                stop_requests(mesh) as stop,
+                stop_requests(mesh, SAVING_CHECKPOINT) as stop,
                 scalar_loggers(config.log_to, outcome.record, config.save, report, tensorboard=board) as write,
                 RunCheckpoints(run, saver, config, base, describe_lora(config)) as checkpoints,
                 report.training(config.iterations, run.start) as run.view,
@@ -142,7 +142,8 @@ def pretrain(config: PretrainConfig) -> None:
             meter = meter_of(config, base, mesh, config.metrics_file)
             run = Run(config, mesh, report, model, data, meter, step, seconds, bad)
             report.say(f"Training all {base.architecture.num_parameters:,} parameters with {how}")
-            with stop_requests(mesh) as stop, report.training(config.iterations, 0) as run.view:
+            view = report.training(config.iterations, 0)
+            with stop_requests(mesh, SAVING_NOTHING) as stop, view as run.view:
                 for metrics in train_iterations(run, stop):
                     show(run, metrics)
         report.done(

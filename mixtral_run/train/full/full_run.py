@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from mixtral_run.config.verbs.pretrain import PretrainConfig
-from mixtral_run.launch.stop_request import stop_requests
+from mixtral_run.launch.stop_request import SAVING_CHECKPOINT, stop_requests
 from mixtral_run.model.allocator import growing_segments
 from mixtral_run.model.mixtral import MixtralModel
 from mixtral_run.model.parallel.mesh import Mesh, open_mesh
@@ -77,7 +77,7 @@ def _train(run: Run, config: PretrainConfig, outcome: Outcome, optimizer: Sharde
     saver = FullSaver(run.model, optimizer, config.folder, config.distributed_timeout_minutes)
     source = {"source": base.hf_model} if base.hf_model is not None else {}
     with (
-        stop_requests(mesh) as stop,
+        stop_requests(mesh, SAVING_CHECKPOINT) as stop,
         scalar_loggers(config.log_to, outcome.record, config.folder, report, tensorboard=board) as write,
         RunCheckpoints(run, saver, config, base, source) as checkpoints,
         report.training(config.iterations, run.start) as run.view,

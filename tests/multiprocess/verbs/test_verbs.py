@@ -361,6 +361,7 @@ def test_ctrl_c_saves_and_resume_goes_on(small_checkpoint: Path, pairs: Path, tm
     assert time.monotonic() - started < 120
     assert process.returncode == 130, seen
     assert "as requested" in seen
+    assert seen.count("a checkpoint is saved. Ctrl-C again ends at once, without it.") == 1
     assert "Traceback" not in seen
     stopped = int((save / "latest_checkpointed_iteration.txt").read_text())
     assert stopped >= 3

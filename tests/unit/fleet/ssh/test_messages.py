@@ -20,8 +20,8 @@ def test_the_recorded_key_of_a_jump_host_is_named_by_file_and_line() -> None:
         assert error.expected == "the key in /home/me/.ssh/known_hosts, line 12"
         assert error.found == "a key with fingerprint SHA256:9T8Wx/zX1r3W"
         assert error.next_command == (
-            "if it was reimaged: ssh-keygen -f /home/me/.ssh/known_hosts -R bastion, then ssh 10.0.0.1, which asks "
-            "whether to accept the new key"
+            "if it was reimaged: ssh-keygen -f /home/me/.ssh/known_hosts -R bastion, then ssh -p 2222 -l ops "
+            "10.0.0.1, which asks whether to accept the new key"
         )
     lower = connection_error(HOST, JUMP.format("connection CLOSED by UNKNOWN port 1").replace("Offending", "offending"))
     assert lower.expected == "the key in /home/me/.ssh/known_hosts, line 12"
