@@ -17,6 +17,9 @@ from mixtral_run.fleet.state import read_json, state_folder, write_json
 GROUP = "mixtral_hosts"
 """Inventory group whose hosts the playbooks set up."""
 
+FOLDER_VARIABLES = {"checkpoints_folder": "hf_cache_checkpoint_folder", "hf_home": "hf_cache_home"}
+"""Fields of a Host and the variables of the role hf_cache that they hold."""
+
 _USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\\-]*\$?")
 # RFC 1123 names and aliases of ~/.ssh/config. ssh would read a leading dash as an option.
 _ADDRESS = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*|[0-9A-Fa-f:]*:[0-9A-Fa-f:.]+(%[A-Za-z0-9]+)?")
@@ -36,6 +39,17 @@ class Host:
     """Further ssh arguments, from ansible_ssh_common_args in an inventory."""
     inventory: str | None = None
     """Path of the user's inventory that names the host. Ansible reads it together with its variables."""
+    checkpoints_folder: str | None = None
+    hf_home: str | None = None
+    """Folders of the role hf_cache on the host, from its inventory or the last bootstrap; None if not known."""
+
+    def with_folders(self, variables: Mapping[str, Any]) -> Host:
+        """Return the host with the folders that variables of the role set. Others, and templates, change nothing."""
+        found = {field: variables.get(name) for field, name in FOLDER_VARIABLES.items()}
+        known = {
+            field: str(each) for field, each in found.items() if str(each).startswith("/") and not _is_template(each)
+        }
+        return dataclasses.replace(self, **known)  # type: ignore[arg-type]
 
     @property
     def inventory_name(self) -> str:
@@ -159,7 +173,11 @@ def unresolved_variables(listing: Mapping[str, Any]) -> dict[str, tuple[str, ...
 
 
 def _is_value(value: Any) -> bool:
-    return value is None or (isinstance(value, (str, int)) and not re.search(r"{{|{%", str(value)))
+    return value is None or (isinstance(value, (str, int)) and not _is_template(value))
+
+
+def _is_template(value: Any) -> bool:
+    return re.search(r"{{|{%", str(value)) is not None
 
 
 def inventory_names(listing: Mapping[str, Any]) -> list[str]:
@@ -220,7 +238,7 @@ def _inventory_host(name: str, variables: Mapping[str, Any], inventory: Path) ->
         identity_file=str(expanded(str(key))) if key else None,
         ssh_options=ssh_options,
         inventory=str(expanded(inventory).resolve()),
-    )
+    ).with_folders(variables)
 
 
 def names_of(hosts: Iterable[Host]) -> str:
@@ -247,9 +265,15 @@ def remembered_hosts() -> tuple[Host, ...]:
 
 
 def remember_hosts(hosts: Iterable[Host]) -> None:
-    """Add hosts to the fleet. A host of the same name is replaced."""
+    """Add hosts to the fleet. A host of the same name is replaced, apart from folders that the new entry lacks."""
     found = {host.name: host for host in remembered_hosts()}
-    found |= {host.name: host for host in hosts}
+    for host in hosts:
+        earlier = found.get(host.name, host)
+        found[host.name] = dataclasses.replace(
+            host,
+            checkpoints_folder=host.checkpoints_folder or earlier.checkpoints_folder,
+            hf_home=host.hf_home or earlier.hf_home,
+        )
     write_json(_fleet_file(), [dataclasses.asdict(host) for host in found.values()])
 
 

@@ -26,7 +26,7 @@ _comparison = partial(click.option, cls=Option, section="Comparison")
 @_on_hosts(
     "--checkpoints-folder",
     metavar="PATH",
-    help="With --on: folder of the host to which FOLDER is relative.  [default: /var/lib/mixtral-run/checkpoints]",
+    help="With --on: folder of the host to which FOLDER is relative.  [default: as for status]",
 )
 @_output("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @_comparison("--best", is_flag=True, help="Only the run with the lowest validation loss.")

@@ -56,12 +56,12 @@ _output = partial(click.option, cls=Option, section="Output")
 @_on_hosts(
     "--checkpoints-folder",
     metavar="FOLDER",
-    help="Folder of the checkpoints on the hosts.  [default: /var/lib/mixtral-run/checkpoints]",
+    help="Folder of the checkpoints on the hosts.  [default: that of the inventory or the last bootstrap]",
 )
 @_on_hosts(
     "--hf-home",
     metavar="FOLDER",
-    help="Hugging Face cache on the hosts.  [default: /var/lib/mixtral-run/huggingface]",
+    help="Hugging Face cache on the hosts.  [default: that of the inventory or the last bootstrap]",
 )
 @_on_hosts("--image", metavar="NAME", help="Container image of the jobs.  [default: mixtral-run:local]")
 def status(

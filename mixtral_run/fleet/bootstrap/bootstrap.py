@@ -6,7 +6,7 @@ import dataclasses
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +20,10 @@ from mixtral_run.fleet.bootstrap.host_lock import Held, hold_locks
 from mixtral_run.fleet.bootstrap.progress import FleetProgress, Notice
 from mixtral_run.fleet.bootstrap.view import make_view, summary
 from mixtral_run.fleet.explain.explain import record_failures
-from mixtral_run.fleet.hosts import Host, find_hosts, remember_hosts
+from mixtral_run.fleet.hosts import FOLDER_VARIABLES, Host, find_hosts, remember_hosts
+from mixtral_run.fleet.jobs.job_spec import JobOptions
 from mixtral_run.fleet.plays.provisioning import playbook, role_names
-from mixtral_run.fleet.plays.role_variables import refuse_misspelled
+from mixtral_run.fleet.plays.role_variables import refuse_misspelled, values_of
 from mixtral_run.fleet.plays.runner import Play, PlayEnd, RunningPlay, forget_old_plays, parse_extra_vars
 from mixtral_run.fleet.plays.vault import next_for_vault
 from mixtral_run.fleet.secrets import keys_problem, token_problem
@@ -162,7 +163,7 @@ def _set_up(
     )
     notices = [progress.unreachable(host.inventory_name, str(problem)) for host, problem in problems.items() if problem]
     reachable = tuple(host for host in hosts if problems[host] is None)
-    remember_hosts(host for host in reachable)
+    remember_hosts(reachable if request.check else _with_folders(reachable, request.extra_vars))
     end, interrupted = None, False
     # --check changes nothing.
     with hold_locks(ssh, () if request.check else reachable, "mixtral-run bootstrap") as locks:
@@ -218,6 +219,21 @@ def _check_request(request: BootstrapRequest) -> None:
         problems.append(f"--forks: expected at least 1; found {request.forks}")
     if problems:
         raise ConfigError(SETTINGS_ERROR, problems=problems)
+
+
+def _with_folders(hosts: Sequence[Host], extra_vars: Sequence[str]) -> list[Host]:
+    """Return the hosts with the folders that this bootstrap gives them: of --extra-vars, inventory or defaults."""
+    given = values_of(extra_vars)
+    defaults = {"hf_cache_checkpoint_folder": JobOptions.checkpoints_folder, "hf_cache_home": JobOptions.hf_home}
+    return [
+        host.with_folders(
+            {
+                name: given.get(name) or (getattr(host, field) if host.inventory else None) or defaults[name]
+                for field, name in FOLDER_VARIABLES.items()
+            }
+        )
+        for host in hosts
+    ]
 
 
 def _accepted(request: BootstrapRequest, hosts: tuple[Host, ...]) -> tuple[Host, ...]:

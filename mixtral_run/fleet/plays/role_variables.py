@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 from mixtral_run.errors import ConfigError
 from mixtral_run.fleet.plays.provisioning import collection_folder, provisioning_folder, role_names
@@ -41,6 +42,21 @@ def refuse_misspelled(extra_vars: Sequence[str]) -> None:
             problems=problems,
             next_command=f'correct --extra-vars; or list a name of your own: -e \'{{"{checks.OWN}": ["NAME"]}}\'',
         )
+
+
+def values_of(extra_vars: Sequence[str]) -> dict[str, Any]:
+    """Return the variables of --extra-vars as far as they can be read without Ansible. The last of a name counts."""
+    import yaml
+
+    found: dict[str, Any] = {}
+    for word in extra_vars:
+        files, values = parse_extra_vars((word,))
+        for file in files:
+            with contextlib.suppress(OSError, yaml.YAMLError):
+                content = yaml.safe_load(file.read_text(encoding="utf-8", errors="replace"))
+                found |= content if isinstance(content, dict) else {}
+        found |= values
+    return found
 
 
 def _own(value: object) -> Sequence[str]:

@@ -91,12 +91,19 @@ def read_fleet(
 ) -> tuple[HostStatus, ...]:
     """Read the state of all hosts in parallel without changing anything.
 
+    folders: in place of those of the hosts' own records, which go before DEFAULT_FOLDERS.
+
     A host that cannot be read, or that answers in an unexpected form, has an `error` and does not affect the others.
     """
     ssh = ssh or Ssh()
     payload = status_payload()
-    argument = json.dumps({**DEFAULT_FOLDERS, **(folders or {})})
-    return with_differences(ssh.each(hosts, lambda host: _read_host(ssh, host, payload, argument)))
+
+    def argument(host: Host) -> str:
+        own = {"checkpoints": host.checkpoints_folder, "hf_home": host.hf_home}
+        known = {name: folder for name, folder in own.items() if folder}
+        return json.dumps({**DEFAULT_FOLDERS, **known, **(folders or {})})
+
+    return with_differences(ssh.each(hosts, lambda host: _read_host(ssh, host, payload, argument(host))))
 
 
 def _read_host(ssh: Ssh, host: Host, payload: bytes, argument: str) -> HostStatus:

@@ -48,12 +48,16 @@ def runs_on(
     folders: paths of the hosts; relative ones are below the checkpoints folder, which is the default.
     """
     ssh = ssh or Ssh()
-    top = checkpoints_folder or DEFAULT_FOLDERS["checkpoints"]
-    argument, program = json.dumps([posixpath.join(top, each) for each in folders] or [top]), runs_program()
+    program = runs_program()
+
+    def argument(host: Host) -> str:
+        top = checkpoints_folder or host.checkpoints_folder or DEFAULT_FOLDERS["checkpoints"]
+        return json.dumps([posixpath.join(top, each) for each in folders] or [top])
+
     rows: list[dict[str, Any]] = []
     problems: list[str] = []
     for host, (found, wrong) in zip(
-        hosts, ssh.each(hosts, lambda host: _runs_of(ssh, host, program, argument)), strict=True
+        hosts, ssh.each(hosts, lambda host: _runs_of(ssh, host, program, argument(host))), strict=True
     ):
         rows += [{**row, "host": host.name} for row in found]
         problems += [f"{host.name}: {each}" for each in wrong]
