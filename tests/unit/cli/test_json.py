@@ -21,7 +21,7 @@ FAILING = {
     "teardown": ("teardown", HOST, "--yes"),
     "status": ("status", HOST),
     "plan": ("plan", "--load", "nowhere"),
-    "plan --gpus 1 --gpu-memory 1": ("plan", "--gpus", "1", "--gpu-memory", "1"),
+    "plan --gpus 1": ("plan", "--gpus", "1", "--gpu-memory", "40", "--base-precision", "bf16"),
     "verify": ("verify", "--load", "nowhere"),
     "data check": ("data check", "nowhere.jsonl"),
     "jobs": ("jobs", HOST),
