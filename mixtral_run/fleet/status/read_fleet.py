@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from mixtral_run.errors import HostError
-from mixtral_run.fleet.hosts import Host
+from mixtral_run.fleet.hosts import Host, shortened
 from mixtral_run.fleet.ssh.connection import Ssh
 from mixtral_run.fleet.ssh.problems import connection_problem, last_line
 from mixtral_run.fleet.status.answer import check_answer
@@ -263,8 +263,8 @@ def _unreadable(host: Host, paths: Sequence[str]) -> str:
     if records == list(paths):
         command = f"mixtral-run bootstrap {host.bootstrap_arguments} --ask-become-pass"
     else:
-        command = host.ssh_command("-t", command=shlex.join(["sudo", "ls", "-ld", *paths]))
-    return f"not readable: {', '.join(paths)}: that needs root, and sudo asks for a password; next: {command}"
+        command = host.ssh_command("-t", command=shlex.join(["sudo", "ls", "-ld", *paths[:8]]))
+    return f"not readable: {shortened(paths)}: that needs root, and sudo asks for a password; next: {command}"
 
 
 def _of_several_gpus(warnings: Sequence[str]) -> list[str]:
