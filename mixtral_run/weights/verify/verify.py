@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -167,8 +168,11 @@ def _verify_hf(config: VerifyConfig, report: Report) -> VerifyResult:
         result = dataclasses.replace(result, comparison=comparison, problems=tuple(problems))
         if not problems:
             report.done(f"{other.directory}: the same weights, bit by bit ({len(other.sources):,} tensors)")
-    if not result.problems:
+    if result.comparison is not None and not result.problems:
         report.done("Verified.")
+    elif not result.problems:
+        report.done("Read completely: every tensor is there in its shape. Their values were compared with nothing.")
+        report.say(f"  next: mixtral-run verify --load {shlex.quote(str(config.load))} --against HF_MODEL")
     return result
 
 

@@ -262,3 +262,12 @@ def test_logits_that_differ_are_not_ok_in_json(small_checkpoint: Path, small_hf_
     assert reported["comparison"]["differences"] == []
     assert reported["ok"] is False
     assert "does not compute the logits of HF" in reported["error"]["what"]
+
+
+def test_an_hf_model_alone_is_not_called_verified(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "a model", dtype=torch.bfloat16)
+    done = run_cli("verify", "--load", tmp_path / "a model")
+    assert done.returncode == 0, done.stderr
+    assert "Verified." not in done.stdout
+    assert "compared with nothing" in done.stdout
+    assert f"next: mixtral-run verify --load '{tmp_path / 'a model'}' --against HF_MODEL" in done.stdout
