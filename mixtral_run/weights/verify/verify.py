@@ -90,8 +90,11 @@ def verify(config: VerifyConfig, report: Report | None = None) -> VerifyResult:
             result = dataclasses.replace(result, comparison=comparison, problems=(*result.problems, *problems))
             if not problems:
                 _report_equal(checkpoint, comparison, report)
-    if not result.problems:
+    if not result.problems and (config.proof or result.comparison is not None or checkpoint.kind == "adapter"):
         report.done("Verified.")
+    elif not result.problems:
+        report.done("Described: every tensor is there in its shape. Its values were compared with nothing.")
+        report.say(f"  next: mixtral-run verify --load {shlex.quote(str(config.load))} --against HF_MODEL, or --proof")
     return result
 
 

@@ -193,8 +193,9 @@ def test_another_size_or_dtype_is_reported_in_words(converted: Path, tmp_path: P
 def test_description_without_a_source(converted: Path) -> None:
     done = run_cli("verify", "--load", converted / "iter_0000001")
     assert done.returncode == 0, done.stderr
-    for word in ("base", "TP2/EP4", "365,888", "bfloat16", "✓ Verified."):
+    for word in ("base", "TP2/EP4", "365,888", "bfloat16", "compared with nothing", "--against HF_MODEL, or --proof"):
         assert word in done.stdout
+    assert "Verified." not in done.stdout
 
 
 def test_what_is_not_whole_is_refused(converted: Path, tmp_path: Path) -> None:
