@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shlex
 from collections.abc import Mapping, Sequence
 
 
@@ -148,7 +149,7 @@ def from_os_error(error: OSError) -> MixtralRunError | None:
             where=str(error.filename),
             expected="a path that this user may read, and may write to if the command writes there",
             found=error.strerror,
-            next_command=f"ls -ld {error.filename}",
+            next_command=f"ls -ld {shlex.quote(str(error.filename))}",
         )
     return None
 

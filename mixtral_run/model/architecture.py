@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,7 +195,7 @@ def read_config(directory: Path) -> dict[str, Any]:
             where=str(path),
             expected="a directory as downloaded from the hub, which this user may read",
             found=error.strerror,
-            next_command=f"ls -ld {directory} {path}",
+            next_command=shlex.join(["ls", "-ld", str(directory), str(path)]),
         ) from error
     # ValueError: also an integer of thousands of digits. RecursionError: nested thousands deep.
     except (ValueError, RecursionError) as error:

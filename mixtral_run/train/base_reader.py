@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ class BaseReader:
                 where=f"{self._folder}, {shard.key}",
                 expected=f"shape {list(shard.global_shape)}",
                 found=f"shape {list(stored.shape)}",
-                next_command=f"mixtral-run verify --load {self._folder.parent}",
+                next_command=f"mixtral-run verify --load {shlex.quote(str(self._folder.parent))}",
             )
         # The vocabulary is padded differently: rows that the checkpoint lacks are zeros, as when Megatron loads it.
         shard.data.detach().zero_()

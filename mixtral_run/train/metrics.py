@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -218,7 +219,7 @@ def append(file: Path, text: str) -> None:
             "The metrics of an iteration cannot be written.",
             where=str(file),
             found=error.strerror,
-            next_command=f"df -h {file.parent}, then the same command with --resume",
+            next_command=f"df -h {shlex.quote(str(file.parent))}, then the same command with --resume",
         ) from error
 
 

@@ -59,7 +59,9 @@ def config(action: str, verb: str, output: Path | None) -> None:
         ) from error
     except FileNotFoundError as error:
         raise ConfigError(
-            "The folder of the config file does not exist.", where=str(output), next_command=f"mkdir -p {output.parent}"
+            "The folder of the config file does not exist.",
+            where=str(output),
+            next_command=f"mkdir -p {shlex.quote(str(output.parent))}",
         ) from error
     needed = required_settings(verb)
     fill_in = f"fill in {and_words(needed)}, then " if needed else ""

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import stat
 import tempfile
@@ -158,7 +159,8 @@ def _put_back(old: Path, target: Path) -> None:
             "What was fetched cannot be put in its place, nor what was there before.",
             where=str(target),
             found=error.strerror,
-            next_command=f"mv {old} {target}, which restores it, once the disk can be written to",
+            next_command=f"{shlex.join(['mv', str(old), str(target)])}, which restores it, "
+            "once the disk can be written to",
         ) from error
 
 
@@ -229,7 +231,7 @@ def _work_folder(host: Host, path: str, target: Path) -> Path:
             "The folder of an interrupted fetch may have been written to by others.",
             where=str(work),
             expected="a folder of this user with mode 0700",
-            next_command=f"remove it: rm -r {work}",
+            next_command=f"remove it: rm -r {shlex.quote(str(work))}",
         )
     return work
 

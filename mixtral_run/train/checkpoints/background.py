@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import threading
 import time
 from collections.abc import Callable
@@ -68,7 +69,7 @@ class BackgroundTask:
                 expected="a disk that takes it within this time, which --distributed-timeout-minutes and the size of "
                 "the checkpoint set",
                 found="still writing: " + ", ".join(f"rank {rank}" for rank, each in enumerate(found) if each),
-                next_command=f"df -h {self._what.parent}, then the same command with --resume",
+                next_command=f"df -h {shlex.quote(str(self._what.parent))}, then the same command with --resume",
             )
         return float(state) == _OVER
 

@@ -10,6 +10,7 @@ import base64
 import binascii
 import json
 import random
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,5 +86,5 @@ def _damaged(file: Path, error: Exception) -> WeightsError:
         "The state of the random numbers is damaged.",
         where=str(file),
         found=str(error)[:200],
-        next_command=f"rm {file}, after which --resume continues with other dropout",
+        next_command=f"rm {shlex.quote(str(file))}, after which --resume continues with other dropout",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -87,5 +88,5 @@ class SaveTarget:
             f"The {self.what} of iteration {self.iteration} cannot be saved.",
             where=str(self.folder),
             found=save_failure(error, self.folder, self.mesh.rank),
-            next_command=f"df -h {self.folder}, then the same command with --resume",
+            next_command=f"df -h {shlex.quote(str(self.folder))}, then the same command with --resume",
         )

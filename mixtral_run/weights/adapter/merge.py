@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -79,7 +80,7 @@ def _merge_file(
             "A file cannot be merged.",
             where=f"{file} → {target}",
             found=error.strerror,
-            next_command=f"df -h {target.parent.parent}, then the same command again",
+            next_command=f"df -h {shlex.quote(str(target.parent.parent))}, then the same command again",
         ) from error
     finally:
         os.close(descriptor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -198,7 +199,7 @@ class _Writer:
                 "The HF model cannot be written.",
                 where=str(file),
                 found=error.strerror,
-                next_command=f"df -h {file.parent.parent}, then the same command again",
+                next_command=f"df -h {shlex.quote(str(file.parent.parent))}, then the same command again",
             ) from error
 
     def _blocks(self, name: str) -> Iterator[memoryview]:

@@ -6,6 +6,7 @@ The token comes from HF_TOKEN or the file that `hf auth login` wrote; it is neve
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -110,7 +111,7 @@ def _local_directory(hf_model_path: str) -> Path | None:
         found = "a file" if is_file else "nothing of that name"
         next_command = how_to_restore(directory) or f"ls {directory.parent}"
     except OSError as error:
-        is_file, found, next_command = False, str(error.strerror), f"ls -ld {directory.parent}"
+        is_file, found, next_command = False, str(error.strerror), f"ls -ld {shlex.quote(str(directory.parent))}"
     raise WeightsError(
         "The HF model is not a directory." if is_file else "The HF model does not exist.",
         where=hf_model_path,

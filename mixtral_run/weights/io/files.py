@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 
@@ -16,7 +17,8 @@ def how_to_restore(folder: Path) -> str | None:
     temporary = replaced_folder(folder)
     if folder.exists() or not temporary.is_dir():
         return None
-    return f"mv {temporary} {folder}, which --overwrite had moved aside when it was cut off; or that command again"
+    command = shlex.join(["mv", str(temporary), str(folder)])
+    return f"{command}, which --overwrite had moved aside when it was cut off; or that command again"
 
 
 def write_atomically(path: Path, text: str) -> None:

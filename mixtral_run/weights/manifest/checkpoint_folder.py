@@ -6,6 +6,7 @@ Standard library only.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,5 +150,5 @@ def unreadable(folder: Path, error: OSError) -> WeightsError:
         where=str(folder),
         expected="a folder that this user may read",
         found=error.strerror,
-        next_command=f"ls -ld {folder}",
+        next_command=f"ls -ld {shlex.quote(str(folder))}",
     )

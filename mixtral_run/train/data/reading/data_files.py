@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,7 @@ def files_of(source: DataSource, where: str) -> FoundFiles:
             return FoundFiles((DataFile(source, path, source.name if source.name != source.text else path.name),))
         return _files_of_folder(source, path, where)
     except OSError as error:
-        helps = how_to_find(path) if isinstance(error, FileNotFoundError) else f"ls -ld {path}"
+        helps = how_to_find(path) if isinstance(error, FileNotFoundError) else f"ls -ld {shlex.quote(str(path))}"
         raise ConfigError(
             "The data cannot be read.",
             where=where,
