@@ -86,13 +86,15 @@ class _Lines(Progress):
     def __init__(self, total: int, what: str, unit: str, stream: TextIO) -> None:
         self._total, self._what, self._unit, self._stream = max(total, 1), what, unit, stream
         self._done = 0
-        self._last = time.monotonic()
+        self._last, self._has_printed = time.monotonic(), False
 
     def advance(self, amount: int) -> None:
         self._done += amount
         now = time.monotonic()
-        if now - self._last >= QUIET_SECONDS:
-            self._last = now
+        # The end is said if lines came before, so that the last of them does not look like a stop.
+        is_end = self._has_printed and self._done - amount < self._total <= self._done
+        if now - self._last >= QUIET_SECONDS or is_end:
+            self._last, self._has_printed = now, True
             amounts = f"{self._done:,} of {self._total:,} {self._unit}"
             print(f"  {self._what}: {self._done / self._total:4.0%} ({amounts})", file=self._stream, flush=True)
 

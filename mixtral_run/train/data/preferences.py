@@ -19,6 +19,7 @@ from mixtral_run.model.attention.packed_attention import PackedSizes
 from mixtral_run.train.data.cache.token_arrays import TokenArrays
 from mixtral_run.train.data.length_limits import answers_problem, positions_needed
 from mixtral_run.train.data.packing import PackedSamples, Packing, joined_row, pack_lengths
+from mixtral_run.train.data.reading.examples import counted
 from mixtral_run.train.data.samples import (
     NUM_PROBLEMS_SHOWN,
     Answers,
@@ -294,7 +295,8 @@ def _refuse_too_long(
         "both answers of a pair in one row, because of --pack" if together else "each answer with its prompt in a row"
     )
     raise ConfigError(
-        f"{len(too_long):,} of {len(np.unique(numbers)):,} examples are longer than --seq-length {seq_length:,}.",
+        f"{len(too_long):,} of {counted(len(np.unique(numbers)), 'example')} {'is' if len(too_long) == 1 else 'are'} "
+        f"longer than --seq-length {seq_length:,}.",
         where=where,
         problems=[*problems, *more],
         expected=f"{what}; a part of an answer cannot be compared",

@@ -16,6 +16,7 @@ import torch
 from mixtral_run.errors import ConfigError
 from mixtral_run.train.data.cache.token_arrays import TokenArrays
 from mixtral_run.train.data.length_limits import response_problem, responses_within
+from mixtral_run.train.data.reading.examples import counted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -257,8 +258,9 @@ class Samples:
             ]
             more = [f"and {len(too_long) - NUM_PROBLEMS_SHOWN:,} more"] if len(too_long) > NUM_PROBLEMS_SHOWN else []
             raise ConfigError(
-                f"{len(too_long):,} of {len(lengths):,} examples are longer than --seq-length {self._seq_length:,} "
-                "before their response begins.",
+                f"{len(too_long):,} of {counted(len(lengths), 'example')} {'is' if len(too_long) == 1 else 'are'} "
+                f"longer than --seq-length {self._seq_length:,} "
+                f"before {'its' if len(too_long) == 1 else 'their'} response begins.",
                 where=where,
                 problems=[*problems, *more],
                 next_command="a larger --seq-length, or shorter instructions",

@@ -213,9 +213,9 @@ def _parts(
         if not keep.all():
             usable = np.flatnonzero(keep)
             if not len(usable):
+                all_of_them = "the only one is" if len(keep) == 1 else f"all {len(keep):,} are"
                 raise ConfigError(
-                    f"No example is left: all {len(keep):,} are longer than --seq-length {config.seq_length:,}"
-                    f"{too_long}.",
+                    f"No example is left: {all_of_them} longer than --seq-length {config.seq_length:,}{too_long}.",
                     where=examples.where,
                     next_command="a larger --seq-length; mixtral-run data check counts how many examples fit",
                 )

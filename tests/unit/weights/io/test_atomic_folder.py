@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mixtral_run.errors import WeightsError
+from mixtral_run.errors import WeightsError, from_os_error
 from mixtral_run.weights.io import atomic_folder, disk, files
 from mixtral_run.weights.io.atomic_folder import Staging, disk_problems, next_output, output_problems, writing_problems
 from mixtral_run.weights.io.crc import crc_of
@@ -288,3 +289,9 @@ def test_memory_and_disks_of_this_machine(tmp_path: Path, monkeypatch: pytest.Mo
     ):
         (tmp_path / "mounts").write_text(f"1 1 9:9 / / rw - ext4 /dev/x rw\n{line}\n")
         assert disk.is_in_memory(tmp_path) is expected
+
+
+def test_the_command_for_a_path_can_be_pasted(tmp_path: Path) -> None:
+    error = from_os_error(PermissionError(errno.EACCES, "no", str(tmp_path / "it's a")))
+    assert error is not None and error.next_command is not None
+    assert shlex.split(error.next_command) == ["ls", "-ld", str(tmp_path / "it's a")]

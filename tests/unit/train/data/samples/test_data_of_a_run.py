@@ -134,7 +134,7 @@ def test_problems_of_both_sets_are_in_one_error() -> None:
     with pytest.raises(MixtralRunError) as caught:
         data_of(finetune(), data_path=examples("x", 9, prompt=6), valid_data_path=examples("v", 8, 3, prompt=6))
     text = str(caught.value)
-    assert "1 of 1 examples" in text and "1 of 2 examples" in text
+    assert "1 of 1 example is" in text and "1 of 2 examples is" in text
 
 
 def test_a_part_is_held_back_of_what_is_left() -> None:
@@ -199,7 +199,7 @@ def test_preferences_that_are_too_long_are_left_out_on_request(method: str, pack
     )
     with pytest.raises(ConfigError) as caught:
         data_of(align(method, pack=pack, skip_bad_examples=True), data_path=examples("x", 9, 9, rows_each=2))
-    assert caught.value.what == "No example is left: all 1 are longer than --seq-length 5."
+    assert caught.value.what == "No example is left: the only one is longer than --seq-length 5."
 
 
 def test_remarks_about_answers_name_the_set() -> None:

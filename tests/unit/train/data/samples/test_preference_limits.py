@@ -75,7 +75,7 @@ def test_the_number_of_more_ones_begins_behind_the_tenth(count: int, more: tuple
 def test_only_examples_that_are_used_count_and_each_once() -> None:
     with pytest.raises(ConfigError) as caught:
         samples_of(4, 5, 5, 2, 2, 9, 9, 3, 7, chosen=np.asarray([3, 0, 3, 1]))
-    assert caught.value.what == "1 of 3 examples are longer than --seq-length 4."
+    assert caught.value.what == "1 of 3 examples is longer than --seq-length 4."
     assert caught.value.problems == ("line 4: 3 tokens with the chosen answer and 7 tokens with the rejected answer",)
     assert str(caught.value.next_command).startswith("--seq-length 6, ")
     assert len(samples_of(4, 5, 5, 2, 2, 9, 9, 3, 7, chosen=np.asarray([1, 0]))) == 2
@@ -86,7 +86,7 @@ def test_both_answers_of_a_pair_share_a_row_under_pack_alone() -> None:
     lengths = (4, 3, 2, 3, 4, 4)
     with pytest.raises(ConfigError) as caught:
         samples_of(5, *lengths, packs=True)
-    assert caught.value.what == "1 of 3 examples are longer than --seq-length 5."
+    assert caught.value.what == "1 of 3 examples is longer than --seq-length 5."
     assert caught.value.problems == ("line 3: 4 tokens with the chosen answer and 4 tokens with the rejected answer",)
     assert caught.value.expected == (
         "both answers of a pair in one row, because of --pack; a part of an answer cannot be compared"
