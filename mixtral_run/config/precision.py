@@ -34,6 +34,12 @@ class StoredBaseConfig(Config):
         section=MEMORY,
     )
 
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.quantized_cache == "yes" and self.base_precision == "bf16":
+            found.append("--quantized-cache yes: expected --base-precision fp8 or nf4 with it; found bf16")
+        return found
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionPrecisionConfig(LoraShapeConfig):
