@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -36,3 +37,13 @@ def test_no_folder_is_a_heap() -> None:
 def test_no_module_is_a_book() -> None:
     lines = {name: len((ROOT / name).read_bytes().splitlines()) for name in kept() if name.endswith(".py")}
     assert {name: count for name, count in lines.items() if count > MOST_LINES} == {}
+
+
+def test_only_tests_of_host_modules_import_ansible() -> None:
+    """Ansible replaces functions of the interpreter; torch's compiler then fails in the tests after it."""
+    for name in kept():
+        if name.startswith("tests/unit/") and not name.startswith("tests/unit/host/") and name.endswith(".py"):
+            tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
+            imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+            imported |= {each.name for node in ast.walk(tree) if isinstance(node, ast.Import) for each in node.names}
+            assert not {each for each in imported if each and each.split(".")[0] == "ansible"}, name
