@@ -118,7 +118,7 @@ def test_examples_without_space_for_their_response(
     opened: Callable[..., TrainingData], tmp_path: Path, tiny_tokenizer: Any
 ) -> None:
     data = write(tmp_path / "a.jsonl", *numbers(0, 3), ("word " * 90, "lost"), *numbers(3, 4))
-    with pytest.raises(ConfigError, match="1 of 5 examples are longer") as caught:
+    with pytest.raises(ConfigError, match="1 of 5 examples is longer") as caught:
         opened(data)
     assert "line 4: " in str(caught.value)
     found = opened(data, skip_bad_examples=True)
