@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 
+from mixtral_run.cli.json_errors import expect_json
 from mixtral_run.config.data import DATA_SETTINGS
 from mixtral_run.config.fields import SETTINGS_ERROR, flag_of
 from mixtral_run.config.names.foreign_names import answer_to, setting_meant
@@ -128,6 +129,8 @@ class VerbCommand(click.Command):
         """
         if ctx.resilient_parsing:  # A shell completes an unfinished line.
             return super().parse_args(ctx, args)
+        if "--json" in args and "--json" in self._flags():
+            expect_json(ctx)
         problems: list[str] = ctx.meta.setdefault(PROBLEMS, [])
         words = self._understood(ctx, self._with_bare_values(args), problems)
         missing: list[str] = []

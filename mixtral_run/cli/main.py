@@ -7,12 +7,13 @@ import os
 import shlex
 import sys
 import traceback
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
 from mixtral_run import __version__
 from mixtral_run.cli.command import CONFIG_SUFFIXES, close_to, one_of, or_words
+from mixtral_run.cli.json_errors import errors_as_json
 from mixtral_run.config.names.foreign_verbs import FOREIGN_VERBS
 from mixtral_run.errors import ConfigError, MixtralRunError, from_os_error
 from mixtral_run.launch.process_exit import INTERRUPTED, INTERRUPTED_WORD, exit_with
@@ -79,6 +80,10 @@ class LazyGroup(click.Group):
         if not ctx.resilient_parsing and _with_dashes(args[0]) not in VERBS:
             raise _no_verb(args)
         return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with errors_as_json(ctx):
+            return super().invoke(ctx)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Verbs"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -16,26 +15,24 @@ from mixtral_run.cli.config_file import read_config_file
 from mixtral_run.cli.host_options import SCHEDULED, host_options, refuse_without_on, run_on_hosts, take_host_options
 from mixtral_run.cli.host_options import VERBS as HOST_VERBS
 from mixtral_run.cli.input_problems import errors_of_inputs, input_problems
+from mixtral_run.cli.json_errors import expect_json
 from mixtral_run.cli.launcher_options import launch, launcher_options, take_launcher_options
 from mixtral_run.cli.setting_option import BY_FLAG, Decorator, option_of
 from mixtral_run.cli.stores import run_with_stores
 from mixtral_run.config.fields import SETTINGS_ERROR, Config, field_types, flag_of
 from mixtral_run.config.names.foreign_names import setting_meant
-from mixtral_run.errors import ConfigError, described, joined
+from mixtral_run.errors import ConfigError, joined
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 def config_options(
-    config_class: type[ConfigT], *, errors_as_json: bool = False
+    config_class: type[ConfigT],
 ) -> Callable[[Callable[[ConfigT], None]], Callable[..., None]]:
     """Give a command --config FILE and an option for every field of `config_class`; call it with the checked config.
 
     A flag takes precedence over the file, and the file over the default. A required setting may come from either. Verbs
     that run on hosts also get --on, --launcher and the options that belong to them.
-
-    Args:
-        errors_as_json: With --json, print a ConfigError of the settings to stdout as well.
     """
 
     def decorate(function: Callable[[ConfigT], None]) -> Callable[..., None]:
@@ -43,13 +40,9 @@ def config_options(
             given = take_host_options(flags)
             scheduled = take_launcher_options(flags) if function.__name__ in SCHEDULED else {}
             elsewhere = "on" in given or "launcher" in scheduled
-            try:
-                config = merged_config(config_class, flags.pop("config"), flags, on_hosts=elsewhere)
-            except ConfigError as error:
-                if errors_as_json and flags.get("json"):
-                    document = {"ok": False, "error": described(error)}
-                    click.echo(json.dumps(document, indent=2, ensure_ascii=False))
-                raise
+            config = merged_config(config_class, flags.pop("config"), flags, on_hosts=elsewhere)
+            if getattr(config, "json", False):
+                expect_json(click.get_current_context())
             if scheduled:
                 launch(function.__name__, config, given, scheduled)
             elif "on" in given:

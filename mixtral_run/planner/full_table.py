@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Any
 
 from mixtral_run.config.gpus import GPUS_PER_HOST
@@ -25,15 +24,17 @@ MAX_FULL_GPUS = 256
 """Most GPUs that are suggested for full fine-tuning."""
 
 
-def show_full_plan(config: PlanConfig, workload: Workload, gpu_memory_gib: float, host: float) -> None:
-    """Print the table, or JSON. Raises ConfigError if no layout fits.
+def show_full_plan(
+    config: PlanConfig, workload: Workload, gpu_memory_gib: float, host: float, document: dict[str, Any]
+) -> None:
+    """Print the table; with --json fill the document instead. Raises ConfigError if no layout fits.
 
     host: bytes of RAM of one host. Several micro batches an iteration are assumed, whose gradients add up in fp32.
     """
     choices = full_choices(workload, gpu_memory_gib * GIB, host, accumulates=True)
     shown = choices if config.all else [each for each in choices if each.fits][:12]
     if config.json:
-        print(json.dumps(_to_mapping(config, workload, gpu_memory_gib, choices), indent=2))
+        document |= {"ok": True, **_to_mapping(config, workload, gpu_memory_gib, choices)}
     elif shown:
         report = Report()
         title = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from mixtral_run.planner.ranking import Choice, eight_bit_problems, faster_micro
 from mixtral_run.planner.scaling_table import scaling, show_scaling
 from mixtral_run.planner.suggestions import MAX_GPUS, remedies
 from mixtral_run.planner.workload import GIB, Workload
-from mixtral_run.terminal.report import Report
+from mixtral_run.terminal.report import Report, json_document
 from mixtral_run.weights.hf.hub import HubModel, ask, is_on_hub, resolve
 from mixtral_run.weights.manifest.describe import BaseDescription, describe_base
 
@@ -59,6 +58,12 @@ class PlannedGpu:
 
 def show_plan(config: PlanConfig) -> None:
     """Print the table, or JSON. Raises ConfigError with changes that would help if no layout fits."""
+    with json_document(config.json) as document:
+        _show_plan(config, document)
+
+
+def _show_plan(config: PlanConfig, document: dict[str, Any]) -> None:
+    """Print the table; with --json fill the document instead."""
     gpu = planned_gpu(config)
     if problems := kernel_problems(gpu.compute_capability, config.kernels):
         raise ConfigError(SETTINGS_ERROR, problems=problems, next_command="the same command without --kernels")
@@ -72,12 +77,12 @@ def show_plan(config: PlanConfig) -> None:
     if config.full:
         # Data-parallel processes of all hosts share the state.
         workload = dataclasses.replace(workload, gpus=config.gpus * config.hosts, gpus_per_host=config.gpus)
-        show_full_plan(config, workload, gpu.memory_gib, host)
+        show_full_plan(config, workload, gpu.memory_gib, host, document)
         return
     choices = ranked(workload, gpu.memory_gib * GIB, host)
     shown = choices if config.all else _worth_showing(choices)
     if config.json:
-        print(json.dumps(_to_mapping(config, workload, gpu, choices), indent=2))
+        document |= {"ok": True, **_to_mapping(config, workload, gpu, choices)}
     elif shown:
         columns = ("layout", "recompute", "fits", *PARTS, "GiB a GPU", "host RAM", "speed")
         short = ("layout", "recompute", "fits", *SHORT_PARTS, "total", "RAM", "speed")

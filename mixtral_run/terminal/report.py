@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-from mixtral_run.errors import MixtralRunError, described
+from mixtral_run.errors import described
 from mixtral_run.terminal.live import ActivityRow, BarRow, Display, Row, TrainingRow, is_live
 
 STREAM_VARIABLE = "MIXTRAL_RUN_REPORT_STREAM"
@@ -99,6 +99,16 @@ class _Lines(Progress):
             print(f"  {self._what}: {self._done / self._total:4.0%} ({amounts})", file=self._stream, flush=True)
 
 
+def json_text(document: object) -> str:
+    """Return a JSON document for standard output. Escape other characters than ASCII only if it cannot take them."""
+    text = json.dumps(document, indent=2, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:  # also half a surrogate pair, as names of files that are not UTF-8 have
+        text = json.dumps(document, indent=2)
+    return text
+
+
 @contextmanager
 def json_document(enabled: bool) -> Iterator[dict[str, Any]]:
     """Print one JSON object to stdout when the context ends: the entries of the dict, and the error if one was raised.
@@ -113,21 +123,7 @@ def json_document(enabled: bool) -> Iterator[dict[str, Any]]:
         raise
     finally:
         if enabled:
-            print(json.dumps(document, indent=2, ensure_ascii=False), flush=True)
-
-
-@contextmanager
-def error_as_json(enabled: bool) -> Iterator[None]:
-    """Print a JSON object with the error if one is raised in the context, where a verb has printed nothing yet.
-
-    The error is raised again, so that the caller reports it and sets the exit code.
-    """
-    try:
-        yield
-    except MixtralRunError as error:
-        if enabled:
-            print(json.dumps({"ok": False, "error": described(error)}, indent=2, ensure_ascii=False), flush=True)
-        raise
+            print(json_text(document), flush=True)
 
 
 class Report:

@@ -21,7 +21,7 @@ def data() -> None:
         "data check parquet/ OWNER/NAME:train --data-format alpaca --json",
     ),
 )
-@config_options(CheckConfig, errors_as_json=True)
+@config_options(CheckConfig)
 def check(config: CheckConfig) -> None:
     """Read data and show what a training run would learn from them. It needs no GPU, and no weights."""
     from mixtral_run.train.data.check.run_check import run_check

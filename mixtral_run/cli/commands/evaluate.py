@@ -7,7 +7,6 @@ import click
 from mixtral_run.cli.command import VerbCommand
 from mixtral_run.cli.options import config_options
 from mixtral_run.config.verbs.evaluate import EvaluateConfig
-from mixtral_run.launch import processes
 from mixtral_run.launch.imports import importing
 from mixtral_run.launch.run_job import run_job
 from mixtral_run.train.jobs import EVALUATE
@@ -20,7 +19,7 @@ from mixtral_run.train.jobs import EVALUATE
         "evaluate --load mixtral --adapter adapter --tasks hellaswag --tasks arc_easy --tasks-limit 200 --json",
     ),
 )
-@config_options(EvaluateConfig, errors_as_json=True)
+@config_options(EvaluateConfig)
 def evaluate(config: EvaluateConfig) -> None:
     """Measure a base model, and an adapter next to it: loss, exact match and ROUGE-L on a test set; lm-eval's tasks."""
     with importing():
@@ -34,8 +33,6 @@ def evaluate(config: EvaluateConfig) -> None:
     with importing():
         from mixtral_run.inference.evaluation.check import check_evaluation
         from mixtral_run.planner.choose import settled
-        from mixtral_run.terminal.report import error_as_json
         from mixtral_run.train.preflight import with_base_here
 
-    with error_as_json(config.json and processes.rank() == 0):
-        run_job(EVALUATE, settled(with_base_here(config)), lambda checked, _: check_evaluation(checked))
+    run_job(EVALUATE, settled(with_base_here(config)), lambda checked, _: check_evaluation(checked))

@@ -7,7 +7,6 @@ import click
 from mixtral_run.cli.command import VerbCommand
 from mixtral_run.cli.options import config_options
 from mixtral_run.config.verbs.generate import GenerateConfig
-from mixtral_run.launch import processes
 from mixtral_run.launch.imports import importing
 from mixtral_run.launch.run_job import run_job
 from mixtral_run.train.jobs import GENERATE
@@ -20,7 +19,7 @@ from mixtral_run.train.jobs import GENERATE
         "generate --load mixtral --prompts questions.jsonl --output answers.jsonl --batch-size 32",
     ),
 )
-@config_options(GenerateConfig, errors_as_json=True)
+@config_options(GenerateConfig)
 def generate(config: GenerateConfig) -> None:
     """Continue prompts with a base model, with or without an adapter."""
     with importing():
@@ -33,8 +32,6 @@ def generate(config: GenerateConfig) -> None:
 
     with importing():
         from mixtral_run.planner.choose import settled
-        from mixtral_run.terminal.report import error_as_json
         from mixtral_run.train.preflight import check_inference, with_base_here
 
-    with error_as_json(config.json and processes.rank() == 0):
-        run_job(GENERATE, settled(with_base_here(config)), lambda checked, _: check_inference(checked))
+    run_job(GENERATE, settled(with_base_here(config)), lambda checked, _: check_inference(checked))

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-
 import click
 
 from mixtral_run.cli.command import VerbCommand
 from mixtral_run.cli.options import config_options
 from mixtral_run.config.verbs.plan import PlanConfig
-from mixtral_run.errors import MixtralRunError
 
 
 @click.command(
@@ -20,25 +16,12 @@ from mixtral_run.errors import MixtralRunError
         "plan --gpus 1 --gpu-memory 40 --base-precision nf4 --all",
     ),
 )
-@config_options(PlanConfig, errors_as_json=True)
+@config_options(PlanConfig)
 def plan(config: PlanConfig) -> None:
     """Print the memory that a LoRA run needs on each GPU, by part, for each layout. The best that fits comes first.
 
     Needs no GPU. Without --gpu it plans for the GPU of this machine, and for Hopper if there is none.
     """
     from mixtral_run.planner.table import show_plan
-    from mixtral_run.terminal.report import error_as_json
 
-    if not config.json:
-        show_plan(config)
-        return
-    # A plan in which no layout fits is printed before its error is raised.
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(printed):
-            show_plan(config)
-    except MixtralRunError:
-        with error_as_json(not printed.getvalue()):
-            raise
-    finally:
-        click.echo(printed.getvalue(), nl=False)
+    show_plan(config)

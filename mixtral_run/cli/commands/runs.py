@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,13 +46,13 @@ def runs(
     plot: Path | None,
 ) -> None:
     """List the runs that finetune has written, the newest first. FOLDER: of runs, or a run itself; default: here."""
-    from mixtral_run.terminal.report import error_as_json
+    from mixtral_run.terminal.report import json_document
 
-    with error_as_json(as_json):
+    with json_document(as_json) as document:
         _check(folders, on, best, compare, plot)
         _check_folder(on, checkpoints_folder)
         if compare:
-            _compare(compare, plot, as_json)
+            document |= _compare(compare, plot, silent=as_json)
             return
         rows, problems = _rows(folders, on, checkpoints_folder)
         remarks: list[str] = []
@@ -62,13 +61,12 @@ def runs(
 
             row, remarks = best_run(rows)
             rows = [dict(row)]
-    if as_json:
-        click.echo(json.dumps({"runs": rows, "problems": problems, "remarks": remarks}, indent=2))
-    else:
-        _print(rows, problems, remarks, best=best, with_hosts=bool(on))
-    if problems and (on or not rows):
-        error = HostError if on else ConfigError
-        raise error("Some places could not be read.", problems=problems)
+        document |= {"ok": True, "runs": rows, "problems": problems, "remarks": remarks}
+        if not as_json:
+            _print(rows, problems, remarks, best=best, with_hosts=bool(on))
+        if problems and (on or not rows):
+            error = HostError if on else ConfigError
+            raise error("Some places could not be read.", problems=problems)
 
 
 def _check(
@@ -146,7 +144,8 @@ def _print(rows: list[Any], problems: list[str], remarks: list[str], *, best: bo
         report.say(f"  next: mixtral-run {words_for_best(rows[0])} {printable(adapter)} --output-path …")
 
 
-def _compare(folders: tuple[str, str], plot: Path | None, as_json: bool) -> None:
+def _compare(folders: tuple[str, str], plot: Path | None, *, silent: bool) -> dict[str, Any]:
+    """Print what differs between two runs unless `silent`, write the plot, and return the comparison."""
     from mixtral_run.results.compare import write_comparison
     from mixtral_run.results.read_run import read_run
     from mixtral_run.results.run_list import row_of
@@ -164,10 +163,9 @@ def _compare(folders: tuple[str, str], plot: Path | None, as_json: bool) -> None
         names = list(folders)
     if plot is not None:
         write_comparison(plot, [read_run(Path(each)) for each in folders], names, different)
-    if as_json:
-        click.echo(json.dumps({"runs": rows, "differences": different}, indent=2))
-        return
-    report = Report()
-    report.table(("", *names), different)
-    if plot is not None:
-        report.done(f"The curves are in {plot}")
+    if not silent:
+        report = Report()
+        report.table(("", *names), different)
+        if plot is not None:
+            report.done(f"The curves are in {plot}")
+    return {"ok": True, "runs": rows, "differences": different}

@@ -84,16 +84,15 @@ def status(
     from mixtral_run.errors import ConfigError, HostError
     from mixtral_run.fleet.selection import hosts_of
     from mixtral_run.fleet.status.read_fleet import read_fleet, summary_rows, to_json
-    from mixtral_run.terminal.report import Report, error_as_json
+    from mixtral_run.terminal.report import Report
 
-    with error_as_json(as_json):
-        if network_floor is not None and not network:
-            raise ConfigError("--network-floor needs --network.")
-        if history and (html is not None or network):
-            raise ConfigError("--history is shown alone.", found="--history with --html or --network")
-        if network and html is not None:
-            raise ConfigError("--network has no page.", expected="--network, or --html FILE", found="both")
-        chosen = hosts_of(hosts, inventory, limit)
+    if network_floor is not None and not network:
+        raise ConfigError("--network-floor needs --network.")
+    if history and (html is not None or network):
+        raise ConfigError("--history is shown alone.", found="--history with --html or --network")
+    if network and html is not None:
+        raise ConfigError("--network has no page.", expected="--network, or --html FILE", found="both")
+    chosen = hosts_of(hosts, inventory, limit)
     if history:
         _show_history(chosen, as_json)
         return
@@ -141,11 +140,10 @@ def _measure(hosts: Sequence[Host], given: dict[str, str | None], floor: float |
     from mixtral_run.errors import CheckFailed
     from mixtral_run.fleet.jobs.job_spec import JobOptions
     from mixtral_run.fleet.network.measure import measure_pairs, rows_of
-    from mixtral_run.terminal.report import Report, error_as_json
+    from mixtral_run.terminal.report import Report
 
     options = JobOptions(**{name: value for name, value in given.items() if value})  # type: ignore[arg-type]
-    with error_as_json(as_json):
-        results, verdict = measure_pairs(hosts, options, floor, partial(click.echo, err=True))
+    results, verdict = measure_pairs(hosts, options, floor, partial(click.echo, err=True))
     if as_json:
         click.echo(json.dumps([asdict(each) for each in results], indent=2, ensure_ascii=False))
     else:

@@ -60,15 +60,13 @@ def teardown(hosts: tuple[str, ...], yes: bool, as_json: bool, ask_become_pass: 
     """
     from mixtral_run.errors import ConfigError
     from mixtral_run.fleet.bootstrap import teardown as job
-    from mixtral_run.terminal.report import error_as_json
 
     if as_json and not (yes or flags["check"]):
         raise ConfigError("--json cannot be combined with a question.", expected="--yes or --check beside it")
     flags["tags"] = tuple(tag for tag in (flags["tags"] or "").split(",") if tag)
     password = str(click.prompt("sudo password", hide_input=True, err=True)) if ask_become_pass else None
     request = job.TeardownRequest(hosts=hosts, become_password=password, **flags)
-    with error_as_json(as_json):
-        end = job.teardown(request, lambda words: yes or _ask(words), sys.stderr if as_json else sys.stdout)
+    end = job.teardown(request, lambda words: yes or _ask(words), sys.stderr if as_json else sys.stdout)
     if end is None:
         click.echo("Nothing was changed.")
         return

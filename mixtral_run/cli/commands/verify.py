@@ -16,7 +16,7 @@ from mixtral_run.config.verbs.weights import VerifyConfig
         "verify --load mixtral --against mistralai/Mixtral-8x7B-v0.1 --no-logits --json",
     ),
 )
-@config_options(VerifyConfig, errors_as_json=True)
+@config_options(VerifyConfig)
 def verify(config: VerifyConfig) -> None:
     """Describe a checkpoint. With --against compare it with the HF weights, bit by bit and by logits."""
     from mixtral_run.launch import processes

@@ -207,7 +207,7 @@ def _parts(
     arrays = examples.cache.arrays
     usable: NDArray[np.int64] | None = None
     if config.skip_bad_examples:
-        keep, too_long = has_response(arrays, config.seq_length), " before their response begins"
+        keep, too_long = has_response(arrays, config.seq_length), " before {} response begins"
         if isinstance(config, AlignConfig):
             keep, too_long = fitting(arrays, config.seq_length, together=config.pack and config.method != KTO), ""
         if not keep.all():
@@ -215,14 +215,16 @@ def _parts(
             if not len(usable):
                 all_of_them = "the only one is" if len(keep) == 1 else f"all {len(keep):,} are"
                 raise ConfigError(
-                    f"No example is left: {all_of_them} longer than --seq-length {config.seq_length:,}{too_long}.",
+                    f"No example is left: {all_of_them} longer than --seq-length {config.seq_length:,}"
+                    f"{too_long.format('its' if len(keep) == 1 else 'their')}.",
                     where=examples.where,
                     next_command="a larger --seq-length; mixtral-run data check counts how many examples fit",
                 )
             num_left = len(keep) - len(usable)
+            verb, their = ("is", "its") if num_left == 1 else ("are", "their")
             remarks.append(
-                f"{examples.where}: {counted(num_left, 'example')} {'is' if num_left == 1 else 'are'} longer than "
-                f"--seq-length {config.seq_length:,}{too_long}, and {'is' if num_left == 1 else 'are'} left out."
+                f"{examples.where}: {counted(num_left, 'example')} {verb} longer than --seq-length "
+                f"{config.seq_length:,}{too_long.format(their)}, and {verb} left out."
             )
     found = {setting: usable}
     if setting == TRAINING and isinstance(config, RunConfig) and config.valid_fraction:

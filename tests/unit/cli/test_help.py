@@ -7,7 +7,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 
 import click
 import pytest
@@ -25,44 +24,33 @@ BLOCKED = (
     "matplotlib", "pyarrow", "datasets", "pandas",
 )  # fmt: skip
 PROGRAM = f"""
-import sys, time
+import sys
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {BLOCKED!r}:
             raise ImportError(name + " is blocked")
 sys.meta_path.insert(0, Block())
-began = time.process_time()
 import runpy
 sys.argv = ["mixtral-run", *sys.argv[1:]]
 try:
     runpy.run_module("mixtral_run", run_name="__main__")
 finally:
-    print("SECONDS", time.process_time() - began, "MODULES", len(sys.modules), file=sys.stderr)
+    print("MODULES", len(sys.modules), file=sys.stderr)
 """
-LIMIT_SECONDS = 0.3
 GROUPS = {"data": ("check",)}
 LEAVES = [f"{verb} {below}".strip() for verb in VERBS for below in GROUPS.get(verb, ("",))]
 """All verbs, with those below another one."""
-LIMIT_MODULES = 400
+LIMIT_MODULES = 300
 
 
 @pytest.mark.parametrize("verb", ["", *GROUPS, *LEAVES])
 def test_help_is_fast_and_needs_nothing_heavy(verb: str) -> None:
-    argv = [sys.executable, "-c", PROGRAM, *verb.split(), "--help"]
-    fastest = None
-    # CPU time and the best of three, so that other processes of this machine do not count.
-    for _ in range(3):
-        done = subprocess.run(argv, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert "Usage: mixtral-run" in done.stdout
-        seconds, modules = (float(each) for each in done.stderr.split("SECONDS")[1].split("MODULES"))
-        assert modules < LIMIT_MODULES
-        fastest = seconds if fastest is None else min(fastest, seconds)
-        if fastest < LIMIT_SECONDS:
-            return
-        time.sleep(0.2)
-    assert fastest is not None
-    assert fastest < LIMIT_SECONDS
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *verb.split(), "--help"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Usage: mixtral-run" in done.stdout
+    assert int(done.stderr.split("MODULES")[1]) < LIMIT_MODULES
 
 
 def command(verb: str) -> VerbCommand:

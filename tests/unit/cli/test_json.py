@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from mixtral_run.cli.main import VERBS, root
-from mixtral_run.errors import HostError, MixtralRunError
+from mixtral_run.errors import HostError, MixtralRunError, described
 from mixtral_run.fleet.hosts import parse_host
 from mixtral_run.fleet.jobs import jobs as jobs_module
 from mixtral_run.fleet.ssh.connection import Answer, Ssh
@@ -74,6 +75,51 @@ def test_a_verb_that_fails_prints_one_document(
     monkeypatch.chdir(tmp_path)
     document, error = run(capsys, *FAILING[verb])
     assert document and error is not None and error.exit_code in (2, 3, 5)
+    if isinstance(document, dict):  # the states of hosts are a list
+        assert document["ok"] is False and document["error"] == described(error)
+
+
+@pytest.mark.parametrize("verb", [*{verb.partition(" --")[0] for verb in FAILING}, *ANSWERING])
+def test_an_unknown_flag_is_an_error_in_the_document(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    stdout = sys.stdout
+    document, error = run(capsys, verb, "--no-such-flag")
+    assert error is not None and "--no-such-flag" in str(error)
+    assert document == {"ok": False, "error": described(error)}
+    assert sys.stdout is stdout
+
+
+def test_json_in_a_config_file_counts_too(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(f"load: {tmp_path}/nowhere\njson: true\n")
+    with pytest.raises(MixtralRunError) as caught:
+        root.main(["verify", "--config", str(tmp_path / "c.yaml")], standalone_mode=False, prog_name="mixtral-run")
+    assert json.loads(capsys.readouterr().out)["error"] == described(caught.value)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_the_first_process_of_a_torchrun_prints_the_error(
+    rank: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(MixtralRunError):
+        root.main(["plan", "--json", "--seq-length", "x"], standalone_mode=False, prog_name="mixtral-run")
+    assert bool(capsys.readouterr().out) is (rank == "0")
+
+
+def test_an_error_of_the_system_is_in_the_document(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/x")
+
+    monkeypatch.setattr("mixtral_run.planner.table.show_plan", full)
+    with pytest.raises(OSError, match="No space"):
+        root.main(["plan", "--json"], standalone_mode=False, prog_name="mixtral-run")
+    assert json.loads(capsys.readouterr().out)["error"]["exit_code"] == 5
+
+
+def test_names_that_are_not_utf8_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    document, _ = run(capsys, "runs", "/nowhere/\udce4")
+    assert document["problems"] == ["/nowhere/\udce4: no folder"]
 
 
 @pytest.mark.parametrize("verb", ["status", "jobs", "runs --on !x"])

@@ -123,8 +123,10 @@ def test_examples_without_space_for_their_response(
     assert "line 4: " in str(caught.value)
     found = opened(data, skip_bad_examples=True)
     assert texts_of(found.samples, tiny_tokenizer) == [f"It is {n}." for n in range(4)]
-    assert any("1 example is longer than --seq-length 64" in remark for remark in found.remarks)
-    with pytest.raises(ConfigError, match="No example is left: all 1 are longer than --seq-length 64 before") as caught:
+    remark = "1 example is longer than --seq-length 64 before its response begins, and is left out."
+    assert any(remark in each for each in found.remarks)
+    only_one = "No example is left: the only one is longer than --seq-length 64 before its response begins"
+    with pytest.raises(ConfigError, match=only_one) as caught:
         opened(data, valid_data_path=(write(tmp_path / "v.jsonl", ("word " * 90, "lost")),), skip_bad_examples=True)
     assert "v.jsonl" in str(caught.value)
 
