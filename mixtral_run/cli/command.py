@@ -19,7 +19,7 @@ import click
 from mixtral_run.cli.json_errors import expect_json
 from mixtral_run.config.data import DATA_SETTINGS
 from mixtral_run.config.fields import SETTINGS_ERROR, flag_of
-from mixtral_run.config.names.foreign_names import answer_to, setting_meant
+from mixtral_run.config.names.foreign_names import answer_to, answer_to_similar, setting_meant
 from mixtral_run.errors import ConfigError
 
 PROBLEMS = "mixtral_run.problems"
@@ -250,7 +250,10 @@ class VerbCommand(click.Command):
         # Megatron's users write --tp for --tensor-model-parallel-size.
         found = found or [name for name in names if len(flag) < 6 and _are_initials(flag[2:], name[2:])]
         found = found or ["--" + name for name in close_to(flag[2:], [name[2:] for name in names])]
-        return f"; did you mean {or_words(found[:_MOST_SUGGESTED])}?" if found else ""
+        if found:
+            return f"; did you mean {or_words(found[:_MOST_SUGGESTED])}?"
+        similar = answer_to_similar(flag.lstrip("-"), [name[2:] for name in names], lambda name: f"--{name}")
+        return f"; {similar}" if similar else ""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {name: [] for name in SECTIONS}

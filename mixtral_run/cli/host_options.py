@@ -97,13 +97,13 @@ _JOB: tuple[Callable[..., Any], ...] = (
         "--checkpoints-folder",
         metavar="FOLDER",
         help="Folder of each host that is /checkpoints in the job's container.  "
-        "[default: /var/lib/mixtral-run/checkpoints]",
+        "[default: that of the inventory or the last bootstrap]",
     ),
     _option(
         "--hf-home",
         metavar="FOLDER",
         help="Folder of each host that is the Hugging Face cache of the job.  "
-        "[default: /var/lib/mixtral-run/huggingface]",
+        "[default: that of the inventory or the last bootstrap]",
     ),
     _option(
         "--max-restarts",

@@ -19,7 +19,7 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from mixtral_run.config.names.foreign_names import answer_to
+from mixtral_run.config.names.foreign_names import answer_to, answer_to_similar
 from mixtral_run.config.names.store_names import store_url, url_problem, without_weight
 from mixtral_run.errors import ConfigError
 
@@ -259,10 +259,16 @@ def _unknown(name: str, fields: Mapping[str, dataclasses.Field[Any]]) -> str:
     for item in fields.values():
         if name in _aliases(item):
             return f"'{name}' is another name of '{item.name}': expected one of them; found both"
-    answer = answer_to(name, [each.replace("_", "-") for each in fields], lambda each: f"'{each.replace('-', '_')}'")
+    known = [each.replace("_", "-") for each in fields]
+
+    def show(setting: str) -> str:
+        return f"'{setting.replace('-', '_')}'"
+
+    answer = answer_to(name, known, show)
     close = difflib.get_close_matches(name, [each for each in fields if not fields[each].metadata["hidden"]], 1)
     if answer is None and close:
         answer = f"did you mean '{close[0]}'?"
+    answer = answer or answer_to_similar(name, known, show)
     return f"unknown setting '{name}'" + (f"; {answer}" if answer else "")
 
 

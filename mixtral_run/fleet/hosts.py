@@ -20,6 +20,10 @@ GROUP = "mixtral_hosts"
 FOLDER_VARIABLES = {"checkpoints_folder": "hf_cache_checkpoint_folder", "hf_home": "hf_cache_home"}
 """Fields of a Host and the variables of the role hf_cache that they hold."""
 
+_NAME_IN_TEMPLATE = re.compile(r"{{\s*([A-Za-z_]\w*)\s*}}")
+_MOST_TEMPLATES = 5
+"""Variables that may name each other in turn."""
+
 _USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\\-]*\$?")
 # RFC 1123 names and aliases of ~/.ssh/config. ssh would read a leading dash as an option.
 _ADDRESS = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*|[0-9A-Fa-f:]*:[0-9A-Fa-f:.]+(%[A-Za-z0-9]+)?")
@@ -44,8 +48,11 @@ class Host:
     """Folders of the role hf_cache on the host, from its inventory or the last bootstrap; None if not known."""
 
     def with_folders(self, variables: Mapping[str, Any]) -> Host:
-        """Return the host with the folders that variables of the role set. Others, and templates, change nothing."""
-        found = {field: variables.get(name) for field, name in FOLDER_VARIABLES.items()}
+        """Return the host with the folders that variables of the role set; other values change nothing.
+
+        A template that only names variables is resolved, such as `{{ mixtral_checkpoint_folder }}`.
+        """
+        found = {field: _resolved(variables, name) for field, name in FOLDER_VARIABLES.items()}
         known = {
             field: str(each) for field, each in found.items() if str(each).startswith("/") and not _is_template(each)
         }
@@ -176,6 +183,16 @@ def _is_value(value: Any) -> bool:
     return value is None or (isinstance(value, (str, int)) and not _is_template(value))
 
 
+def _resolved(variables: Mapping[str, Any], name: str) -> Any:
+    """Return the value of a variable with those that its template names put in. What is left of a template stays."""
+    value = variables.get(name)
+    for _ in range(_MOST_TEMPLATES):
+        if not isinstance(value, str) or not _is_template(value):
+            break
+        value = _NAME_IN_TEMPLATE.sub(lambda found: str(variables.get(found[1], found[0])), value)
+    return value
+
+
 def _is_template(value: Any) -> bool:
     return re.search(r"{{|{%", str(value)) is not None
 
@@ -275,6 +292,19 @@ def remember_hosts(hosts: Iterable[Host]) -> None:
             hf_home=host.hf_home or earlier.hf_home,
         )
     write_json(_fleet_file(), [dataclasses.asdict(host) for host in found.values()])
+
+
+def with_recorded_folders(hosts: Iterable[Host]) -> tuple[Host, ...]:
+    """Return hosts of an inventory with the folders of their last bootstrap, where the inventory names none."""
+    recorded = {(host.name, host.inventory): host for host in remembered_hosts()}
+    found = []
+    for host in hosts:
+        last = recorded.get((host.name, host.inventory), host)
+        checkpoints_folder = host.checkpoints_folder or last.checkpoints_folder
+        found.append(
+            dataclasses.replace(host, checkpoints_folder=checkpoints_folder, hf_home=host.hf_home or last.hf_home)
+        )
+    return tuple(found)
 
 
 def inventory_entry_of(host: Host, known: Iterable[Host]) -> Host | None:

@@ -8,7 +8,14 @@ from pathlib import Path
 
 from mixtral_run.errors import ConfigError
 from mixtral_run.fleet.host_patterns import Groups, choose_hosts
-from mixtral_run.fleet.hosts import Host, groups_of, hosts_of_inventory, inventory_entry_of, remembered_hosts
+from mixtral_run.fleet.hosts import (
+    Host,
+    groups_of,
+    hosts_of_inventory,
+    inventory_entry_of,
+    remembered_hosts,
+    with_recorded_folders,
+)
 
 
 def hosts_of(words: tuple[str, ...], inventory: Path | None, limit: str | None) -> tuple[Host, ...]:
@@ -27,7 +34,7 @@ def hosts_of(words: tuple[str, ...], inventory: Path | None, limit: str | None) 
                 "There is no such inventory.", where=str(inventory), next_command="mixtral-run bootstrap ubuntu@gpu-01"
             )
         listing = read_inventory(inventory)
-        known, groups = hosts_of_inventory(listing, inventory), groups_of(listing)
+        known, groups = with_recorded_folders(hosts_of_inventory(listing, inventory)), groups_of(listing)
     else:
         known = remembered_hosts()
     found = choose_hosts(words, known, groups, others=inventory is None) if words else known

@@ -96,7 +96,8 @@ def up(config: UpConfig, request: BootstrapRequest, options: JobOptions, report:
         export = ExportConfig(adapter=(str(config.save),), output_path=exported, overwrite=done.exported)
         _run(host, "export", export, options)
     report.step(5, STEPS, f"Fetch → {target}")
-    place = fetch(host, host_path(_inside(exported), options), target, ssh, overwrite=_is_ours(target), say=report.say)
+    path = host_path(_inside(exported), options.folders(host))
+    place = fetch(host, path, target, ssh, overwrite=_is_ours(target), say=report.say)
     report.done(f"The adapter is {place}")
     return place
 
@@ -127,7 +128,8 @@ def _what_is_done(ssh: Ssh, host: Host, config: UpConfig, options: JobOptions) -
         f'tell base "$1/{RECORD}"; tell export "$3/{RECORD}"; '
         f'[ -z "$iteration" ] || tell adapter "$2/iter_$(printf %07d "$iteration")/{RECORD}"'
     )
-    words = [host_path(_inside(folder), options) for folder in (config.load, config.save, _export_folder(config))]
+    folders = options.folders(host)
+    words = [host_path(_inside(folder), folders) for folder in (config.load, config.save, _export_folder(config))]
     lines = ssh.check(host, ["sh", "-c", script, "look", *words]).splitlines()
     found = dict(line.split("=", 1) for line in lines if "=" in line)
     try:
@@ -261,7 +263,7 @@ def _run(host: Host, verb: str, config: ConvertConfig | FinetuneConfig | ExportC
         print(text, file=sys.stderr, flush=True)
 
     output = config.save if isinstance(config, FinetuneConfig) else config.output_path
-    writes = host_path(_inside(output), options)
+    writes = host_path(_inside(output), options.folders(host))
     running = [row for row in list_jobs([host])[0] if row.running and (row.verb, row.output) == (verb, writes)]
     if running:
         if isinstance(config, FinetuneConfig):

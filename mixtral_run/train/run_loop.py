@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -177,7 +178,7 @@ def report_end(run: Run, config: RunConfig, outcome: Outcome, ending: Ending, nu
     if summary.validation is not None:
         run.report.say(f"  {summary.validation.line(config.folder)}")
     best = config.folder if summary.validation is None else summary.validation.best_adapter(config.folder)
-    run.report.say(f"  next: mixtral-run {ending.next_words.format(best)}")
+    run.report.say(f"  next: mixtral-run {ending.next_words.format(shlex.quote(str(best)))}")
 
 
 def _evaluate(

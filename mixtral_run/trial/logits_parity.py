@@ -6,6 +6,7 @@ With an adapter, the reference is the exported adapter that PEFT loads on the HF
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -134,7 +135,7 @@ def _compare(ours: Sequence[Tensor], theirs: Sequence[Tensor], config: VerifyCon
 
 def _next_command(comparison: LogitsComparison, config: VerifyConfig) -> str:
     """Return the command that separates rounding, the layout and damaged weights as causes of a difference."""
-    words = f"mixtral-run verify --load {config.load} --against {config.against}"
+    words = "mixtral-run " + shlex.join(["verify", "--load", str(config.load), "--against", str(config.against)])
     if comparison.dtype != "float32":
         return f"{words} --dtype fp32, in which rounding is too small to matter"
     if (config.tensor_model_parallel_size, config.expert_model_parallel_size) != (1, 1):

@@ -165,7 +165,7 @@ def stop(job: str, on: tuple[str, ...]) -> None:
 @_on_hosts(
     "--checkpoints-folder",
     metavar="FOLDER",
-    help="Folder of the host that is /checkpoints.  [default: /var/lib/mixtral-run/checkpoints]",
+    help="Folder of the host that is /checkpoints.  [default: that of the inventory or the last bootstrap]",
 )
 def fetch(job: str, destination: Path, overwrite: bool, on: tuple[str, ...], checkpoints_folder: str | None) -> None:
     """Copy the output of a job (an adapter, an export, a report) to this machine, or any file or folder of a host.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,7 @@ def _print(rows: list[Any], problems: list[str], remarks: list[str], *, best: bo
         adapter, remark = best_checkpoint(rows[0])
         if remark:
             report.warn(remark)
-        report.say(f"  next: mixtral-run {words_for_best(rows[0])} {printable(adapter)} --output-path …")
+        report.say(f"  next: mixtral-run {words_for_best(rows[0])} {shlex.quote(printable(adapter))} --output-path …")
 
 
 def _compare(folders: tuple[str, str], plot: Path | None, *, silent: bool) -> dict[str, Any]:

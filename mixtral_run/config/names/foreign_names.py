@@ -5,9 +5,13 @@ The names come from HF's Trainer, PEFT, TRL, Axolotl, LLaMA-Factory, Unsloth, to
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+
+_CLOSE = 0.75
+"""Least similarity, from 0 to 1, of a misspelled name."""
 
 
 @dataclass(frozen=True)
@@ -365,6 +369,14 @@ def answer_to(name: str, known: Collection[str], show: Callable[[str], str]) -> 
     else:
         answer = f"the kit calls it {show(foreign.meant[0][0])}, which this verb does not have"
     return re.sub(r"\{([a-z-]+)\}", lambda found: show(found[1]), answer)
+
+
+def answer_to_similar(name: str, known: Collection[str], show: Callable[[str], str]) -> str | None:
+    """Return the answer to a misspelled setting of another program, or None if no name is close. See `answer_to`."""
+    for close in difflib.get_close_matches(_with_dashes(name), FOREIGN_FLAGS, 1, cutoff=_CLOSE):
+        answer = answer_to(close, known, show)
+        return f"if {show(close)} is meant, {answer}"
+    return None
 
 
 def _foreign(name: str) -> ForeignName | None:

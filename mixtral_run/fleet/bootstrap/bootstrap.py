@@ -20,8 +20,8 @@ from mixtral_run.fleet.bootstrap.host_lock import Held, hold_locks
 from mixtral_run.fleet.bootstrap.progress import FleetProgress, Notice
 from mixtral_run.fleet.bootstrap.view import make_view, summary
 from mixtral_run.fleet.explain.explain import record_failures
+from mixtral_run.fleet.host_folders import DEFAULT_FOLDERS
 from mixtral_run.fleet.hosts import FOLDER_VARIABLES, Host, find_hosts, remember_hosts
-from mixtral_run.fleet.jobs.job_spec import JobOptions
 from mixtral_run.fleet.plays.provisioning import playbook, role_names
 from mixtral_run.fleet.plays.role_variables import refuse_misspelled, values_of
 from mixtral_run.fleet.plays.runner import Play, PlayEnd, RunningPlay, forget_old_plays, parse_extra_vars
@@ -224,7 +224,7 @@ def _check_request(request: BootstrapRequest) -> None:
 def _with_folders(hosts: Sequence[Host], extra_vars: Sequence[str]) -> list[Host]:
     """Return the hosts with the folders that this bootstrap gives them: of --extra-vars, inventory or defaults."""
     given = values_of(extra_vars)
-    defaults = {"hf_cache_checkpoint_folder": JobOptions.checkpoints_folder, "hf_cache_home": JobOptions.hf_home}
+    defaults = {"hf_cache_checkpoint_folder": DEFAULT_FOLDERS.checkpoints, "hf_cache_home": DEFAULT_FOLDERS.hf_home}
     return [
         host.with_folders(
             {

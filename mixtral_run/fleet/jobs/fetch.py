@@ -64,7 +64,7 @@ def fetch_job(
     host_word, colon, path = what.partition(":/")
     if colon:
         (host,) = find_hosts([host_word], remembered_hosts())
-        path = host_path("/" + path, folders or JobOptions())
+        path = host_path("/" + path, (folders or JobOptions()).folders(host))
     else:
         row = find_job(what, hosts_of(tuple(on), None, None))[0]
         if row.running:

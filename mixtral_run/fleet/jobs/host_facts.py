@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mixtral_run.errors import ConfigError, HostError
+from mixtral_run.fleet.host_folders import DEFAULT_FOLDERS, HostFolders
 from mixtral_run.fleet.hosts import Host
 from mixtral_run.fleet.untrusted import one_line
 
@@ -35,6 +36,8 @@ class HostFacts:
     """Devices through which the fabric manager reaches the NVSwitches of a B200 or B300. They carry no data."""
     rdma_group: int | None = None
     """Group that may use the devices, unless everybody may."""
+    folders: HostFolders = DEFAULT_FOLDERS
+    """Folders of the host for the job."""
 
 
 FIND_ENGINE = """
@@ -115,7 +118,7 @@ _FACT_PATTERNS = {
 """Form of every value that FACTS_SCRIPT prints."""
 
 
-def parse_facts(text: str) -> tuple[HostFacts, dict[str, str]]:
+def parse_facts(text: str, folders: HostFolders = DEFAULT_FOLDERS) -> tuple[HostFacts, dict[str, str]]:
     """Parse the output of FACTS_SCRIPT and return the facts and the values by name.
 
     Raises ValueError if a value is missing or not in the form that the script prints: the host is not trusted.
@@ -140,6 +143,7 @@ def parse_facts(text: str) -> tuple[HostFacts, dict[str, str]]:
         rdma=_devices(lines["rdma"]),
         bridges=_devices(lines["bridges"]),
         rdma_group=int(lines["rdma_group"]) if lines["rdma_group"] else None,
+        folders=folders,
     )
     return facts, lines
 

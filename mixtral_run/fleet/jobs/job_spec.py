@@ -18,6 +18,8 @@ from mixtral_run.config.names.hub_names import HF_MODEL_SETTINGS, may_be_hub_nam
 from mixtral_run.config.names.store_names import store_url
 from mixtral_run.config.verbs.training import can_resume
 from mixtral_run.errors import ConfigError
+from mixtral_run.fleet.host_folders import HostFolders, folders_of
+from mixtral_run.fleet.hosts import Host
 from mixtral_run.fleet.jobs.container_paths import (
     CHECKPOINTS,
     HF_HOME,
@@ -81,8 +83,9 @@ class JobOptions:
     environment: tuple[str, ...] = ()
     ulimits: tuple[str, ...] = DEFAULT_ULIMITS
     """Limits as `docker run --ulimit` takes them; "none" keeps the engine's defaults."""
-    checkpoints_folder: str = "/var/lib/mixtral-run/checkpoints"
-    hf_home: str = "/var/lib/mixtral-run/huggingface"
+    checkpoints_folder: str | None = None
+    hf_home: str | None = None
+    """Folders of the hosts. None: each host's own, see `folders`."""
     min_hosts: int | None = None
     """Hosts that are enough to start again on, once others are lost."""
     max_restarts: int | None = None
@@ -96,6 +99,10 @@ class JobOptions:
     """Longest time to wait for a free host, such as 2h; "forever"; None is not to wait."""
     share: bool = False
     """Start on hosts that run another job as well."""
+
+    def folders(self, host: Host | None = None) -> HostFolders:
+        """Return the folders of a host; the default ones for a node of a scheduler, which is no Host."""
+        return folders_of(host, self.checkpoints_folder, self.hf_home)
 
     def restarts_container(self, num_hosts: int) -> bool:
         """Return True if the engine starts the container again. A job on several hosts starts again as a whole."""
@@ -122,7 +129,7 @@ class JobOptions:
             if not re.fullmatch(r"[a-z]+=-?\d+(:-?\d+)?", limit):
                 problems.append(f"--ulimit: expected NAME=SOFT:HARD, or none; found {limit!r}")
         for flag, folder in (("--checkpoints-folder", self.checkpoints_folder), ("--hf-home", self.hf_home)):
-            if not folder.startswith("/"):
+            if folder is not None and not folder.startswith("/"):
                 problems.append(f"{flag}: expected an absolute path on the host; found {folder!r}")
         if self.wait is not None and not re.fullmatch(r"forever|\d{1,6}[smhd]?", self.wait):
             problems.append(f"--wait: expected a time such as 30m or 2h, or no value; found {self.wait!r}")
@@ -263,7 +270,7 @@ def container_argv(spec: JobSpec, facts: HostFacts, container: Container = DETAC
     argv += ["--label", f"{LABEL_JOB}={spec.name}", "--label", f"{LABEL_VERB}={spec.verb}"]
     argv += ["--label", f"{LABEL_NUM_HOSTS}={spec.num_hosts}"]
     if spec.output:
-        argv += ["--label", f"{LABEL_OUTPUT}={host_path(spec.output, options)}"]
+        argv += ["--label", f"{LABEL_OUTPUT}={host_path(spec.output, facts.folders)}"]
     if facts.num_gpus:
         argv += ["--device", "nvidia.com/gpu=all"] if facts.cdi else ["--gpus", "all"]
     else:
@@ -279,7 +286,7 @@ def container_argv(spec: JobSpec, facts: HostFacts, container: Container = DETAC
         argv += ["--group-add", str(facts.group_of_checkpoints)]
     if spec.num_hosts > 1:
         argv += ["--network", "host", *_rdma(options, facts)]
-    argv += bind(options.checkpoints_folder, CHECKPOINTS) + bind(options.hf_home, HF_HOME)
+    argv += bind(facts.folders.checkpoints, CHECKPOINTS) + bind(facts.folders.hf_home, HF_HOME)
     argv += bind(f"{facts.folder}/{spec.name}", JOB_FOLDER, read_only=True) + bind(facts.kernels, KERNELS)
     if options.restarts_container(spec.num_hosts):
         argv += bind(f"{facts.folder}/{spec.name}/{STATE_FOLDER}", JOB_STATE)
@@ -352,9 +359,9 @@ def torchrun_words(spec: JobSpec, facts: HostFacts, program: list[str]) -> list[
     ]  # fmt: skip
 
 
-def host_path(path: str, options: JobOptions) -> str:
+def host_path(path: str, folders: HostFolders) -> str:
     """Translate a path inside the container into a path on the host."""
-    for inside, outside in ((CHECKPOINTS, options.checkpoints_folder), (HF_HOME, options.hf_home)):
+    for inside, outside in ((CHECKPOINTS, folders.checkpoints), (HF_HOME, folders.hf_home)):
         if path == inside or path.startswith(inside + "/"):
             return outside + path[len(inside) :]
     return path

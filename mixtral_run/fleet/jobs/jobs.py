@@ -148,14 +148,14 @@ def refuse_taken(ssh: Ssh, hosts: Sequence[Host], spec: JobSpec) -> None:
     each of them takes in its output.
     """
     rows = [row for row in list_jobs(hosts, ssh)[0] if row.running]
-    output = host_path(spec.output, spec.options) if spec.output is not None else None
-    same = [row for row in rows if row.output == output]
+    outputs = {host: host_path(spec.output, spec.options.folders(host)) for host in hosts if spec.output is not None}
+    same = [row for row in rows if row.output == outputs.get(row.host)]
     busy = [(row.host.name, row.job) for row in rows if row.verb in GPU_VERBS]
     is_busy = bool(busy) and needs_free_host(spec.verb, share=spec.options.share)
     if same and not (is_busy and spec.options.wait):
         raise OutputTakenError(
             "Another job writes to the same output.",
-            where=output,
+            where=same[0].output,
             problems=[f"{row.host.name}: {row.job} ({row.verb}), {row.state} since {row.since} UTC" for row in same],
             next_command=f"mixtral-run stop {same[0].job}; or another output for this job",
         )
@@ -164,14 +164,15 @@ def refuse_taken(ssh: Ssh, hosts: Sequence[Host], spec: JobSpec) -> None:
 
 
 def _facts_or_problem(ssh: Ssh, host: Host, options: JobOptions, *, needs_image: bool) -> HostFacts | HostError:
-    arguments = ["sh", "-c", FACTS_SCRIPT, "facts", options.checkpoints_folder, options.image, CORDON_FILE]
+    folders = options.folders(host)
+    arguments = ["sh", "-c", FACTS_SCRIPT, "facts", folders.checkpoints, options.image, CORDON_FILE]
     answer = ssh.run(host, arguments)
     if answer.exit_code == 255:
         return connection_error(host, answer.errors)
     if answer.exit_code:
         return _engine_problem(host, answer, "cannot run jobs")
     try:
-        facts, lines = parse_facts(answer.output)
+        facts, lines = parse_facts(answer.output, folders)
     except ValueError as error:
         return odd_answer(host, "cannot run jobs", str(error))
     if lines["cordon"]:
@@ -187,7 +188,7 @@ def _facts_or_problem(ssh: Ssh, host: Host, options: JobOptions, *, needs_image:
         return HostError(
             f"{host.name} has no checkpoints folder.",
             where=host.target,
-            expected=options.checkpoints_folder,
+            expected=folders.checkpoints,
             next_command=f"mixtral-run bootstrap {host.bootstrap_arguments} --tags hf_cache; "
             "or --checkpoints-folder FOLDER",
         )

@@ -113,5 +113,5 @@ def _say_output(job: RunningJob, config: Config, options: JobOptions) -> None:
     if output and store_url(output):
         _say(f"  output: {store_url(output)}")
     elif output:
-        place = output if output.startswith("/") else host_path(f"/checkpoints/{output}", options)
+        place = output if output.startswith("/") else host_path(f"/checkpoints/{output}", options.folders(job.hosts[0]))
         _say(f"  output: {place}; to copy it here: mixtral-run fetch {job.name}")

@@ -110,7 +110,7 @@ def _check_model(ssh: Ssh, host: Host, spec: JobSpec) -> int | None:
     """Return the rank of the adapter, None without one. Raises WeightsError for what an engine cannot serve."""
     load = str(spec.config["load"])
     if not may_be_hub_name(load):
-        folder = host_path(load, spec.options)
+        folder = host_path(load, spec.options.folders(host))
         kind, _ = _look(ssh, host, folder, "config.json")
         if kind != "ok":
             raise WeightsError(
@@ -122,7 +122,7 @@ def _check_model(ssh: Ssh, host: Host, spec: JobSpec) -> int | None:
             )
     if spec.config["adapter"] is None:
         return None
-    folder = host_path(str(spec.config["adapter"]), spec.options)
+    folder = host_path(str(spec.config["adapter"]), spec.options.folders(host))
     kind, text = _look(ssh, host, folder, "adapter_config.json")
     if kind != "ok":
         raise WeightsError(

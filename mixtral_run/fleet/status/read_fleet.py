@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from mixtral_run.errors import HostError
+from mixtral_run.fleet.host_folders import folders_of
 from mixtral_run.fleet.hosts import Host, shortened
 from mixtral_run.fleet.ssh.connection import Ssh
 from mixtral_run.fleet.ssh.problems import connection_problem, last_line
@@ -19,12 +20,8 @@ from mixtral_run.fleet.status.payload import status_payload
 from mixtral_run.fleet.untrusted import parse_json
 
 TIMEOUT_SECONDS = 120
-DEFAULT_FOLDERS = {
-    "checkpoints": "/var/lib/mixtral-run/checkpoints",
-    "hf_home": "/var/lib/mixtral-run/huggingface",
-    "image": "mixtral-run:local",
-}
-"""The defaults of the roles."""
+DEFAULT_IMAGE = "mixtral-run:local"
+"""The default of the role."""
 LEAST_FREE_GIB = 100
 HOT_CELSIUS = 85
 
@@ -91,7 +88,7 @@ def read_fleet(
 ) -> tuple[HostStatus, ...]:
     """Read the state of all hosts in parallel without changing anything.
 
-    folders: in place of those of the hosts' own records, which go before DEFAULT_FOLDERS.
+    folders: `checkpoints`, `hf_home` and `image` in place of those of each host.
 
     A host that cannot be read, or that answers in an unexpected form, has an `error` and does not affect the others.
     """
@@ -99,9 +96,7 @@ def read_fleet(
     payload = status_payload()
 
     def argument(host: Host) -> str:
-        own = {"checkpoints": host.checkpoints_folder, "hf_home": host.hf_home}
-        known = {name: folder for name, folder in own.items() if folder}
-        return json.dumps({**DEFAULT_FOLDERS, **known, **(folders or {})})
+        return json.dumps({**folders_of(host)._asdict(), "image": DEFAULT_IMAGE, **(folders or {})})
 
     return with_differences(ssh.each(hosts, lambda host: _read_host(ssh, host, payload, argument(host))))
 

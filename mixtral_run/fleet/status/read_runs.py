@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_run.errors import HostError
+from mixtral_run.fleet.host_folders import folders_of
 from mixtral_run.fleet.hosts import Host
 from mixtral_run.fleet.ssh.connection import Ssh
 from mixtral_run.fleet.ssh.problems import connection_problem, last_line
 from mixtral_run.fleet.status.payload import program_of
-from mixtral_run.fleet.status.read_fleet import DEFAULT_FOLDERS, TIMEOUT_SECONDS
+from mixtral_run.fleet.status.read_fleet import TIMEOUT_SECONDS
 from mixtral_run.fleet.untrusted import parse_json
 from mixtral_run.results import read_run, run_list
 
@@ -51,7 +52,7 @@ def runs_on(
     program = runs_program()
 
     def argument(host: Host) -> str:
-        top = checkpoints_folder or host.checkpoints_folder or DEFAULT_FOLDERS["checkpoints"]
+        top = folders_of(host, checkpoints_folder).checkpoints
         return json.dumps([posixpath.join(top, each) for each in folders] or [top])
 
     rows: list[dict[str, Any]] = []

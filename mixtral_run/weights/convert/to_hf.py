@@ -103,7 +103,7 @@ def to_hf(config: ConvertConfig, report: Report | None = None) -> ToHFResult:
     result = ToHFResult(config.output_path, num_tensors, len(files), num_bytes, fingerprint, time.monotonic() - started)
     report.done("Conversion complete")
     report.say(f"  {num_tensors:,} tensors, {num_bytes / 1e6:,.0f} MB in {result.seconds:,.1f} s")
-    report.say(f"  next: mixtral-run generate --load {config.output_path} --instruction …")
+    report.say(f"  next: mixtral-run generate --load {shlex.quote(str(config.output_path))} --instruction …")
     return result
 
 
@@ -266,7 +266,8 @@ def _check_fingerprint(config: ConvertConfig, checkpoint: Checkpoint, writer: _W
             where=str(checkpoint.folder),
             expected=f"fingerprint {recorded or 'not recorded'}",
             found=f"fingerprint {found}",
-            next_command=f"mixtral-run verify --load {checkpoint.folder} --proof, which names what differs",
+            next_command=f"mixtral-run verify --load {shlex.quote(str(checkpoint.folder))} --proof, which names what "
+            "differs",
         )
     report.warn(
         f"{checkpoint.iteration_folder} has no {PROOF_NAME}: that its bytes are those that were saved is not checked"

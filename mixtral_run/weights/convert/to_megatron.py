@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import resource
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -108,7 +109,8 @@ def convert(config: ConvertConfig, report: Report | None = None) -> ConvertResul
         f"  {result.num_bytes / 1e6:,.0f} MB in {result.seconds:,.1f} s, {result.megabytes_per_second:,.0f} MB/s, "
         f"peak RSS {result.peak_rss_bytes / 1e6:,.0f} MB, {result.num_workers} workers"
     )
-    report.say(f"  next: mixtral-run verify --load {config.output_path} --against {weights.directory}")
+    words = shlex.join(["verify", "--load", str(config.output_path), "--against", str(weights.directory)])
+    report.say(f"  next: mixtral-run {words}")
     return result
 
 

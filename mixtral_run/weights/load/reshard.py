@@ -8,6 +8,7 @@ stored otherwise, compressed for instance, is read by torch, one such chunk at a
 from __future__ import annotations
 
 import io
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -145,7 +146,7 @@ def _overlaps(checkpoint: Reader, targets: Iterable[Target]) -> list[Overlap]:
             "The checkpoint cannot be loaded into this model.",
             where=str(checkpoint.folder),
             problems=shortened(list(dict.fromkeys(problems))),
-            next_command=f"mixtral-run verify --load {checkpoint.folder.parent}",
+            next_command=f"mixtral-run verify --load {shlex.quote(str(checkpoint.folder.parent))}",
         )
     return found
 

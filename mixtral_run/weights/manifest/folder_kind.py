@@ -6,6 +6,7 @@ message about missing files would mislead; here it is named, with the flag that 
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from mixtral_run.errors import WeightsError
@@ -86,5 +87,5 @@ def refuse_other_kinds(flag: str, folder: Path, *wanted: str) -> None:
         where=f"{flag} {folder}",
         expected=" or ".join(wanted),
         found=kind,
-        next_command=advice.format(folder=folder) if advice else None,
+        next_command=advice.format(folder=shlex.quote(str(folder))) if advice else None,
     )

@@ -28,7 +28,7 @@ POINTS = ("docker · Install Docker Engine", "nvidia_container_toolkit · Instal
 """Lines of a bootstrap after which it is killed: one role is half done, then another. The long form has random points:
 benchmarks/killed_bootstrap.py."""
 SETTINGS = ("-e", "@variables.json", "--hf-token-file", "token")
-JOB = ("--checkpoints-folder", CHECKPOINTS, "--shm-size", "1g", "--ulimit", "none")
+JOB = ("--shm-size", "1g", "--ulimit", "none")
 LAYOUT = (
     "--tensor-model-parallel-size", "1", "--expert-model-parallel-size", "2", "--micro-batch-size", "1",
     "--global-batch-size", "8", "--seq-length", "48", "--train-iters", "4",

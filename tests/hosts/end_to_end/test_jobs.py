@@ -98,9 +98,7 @@ def test_it_is_talked_to_in_a_terminal(operator: Operator, fleet: Fleet, set_up:
         piped.terminate()
         assert piped.wait(60) == 143
     assert host.run("docker", "ps", "--quiet") == ""
-    (row,) = json.loads(
-        operator.call("runs", *on[:2], "--checkpoints-folder", CHECKPOINTS, "adapter", "--json").stdout
-    )["runs"]
+    (row,) = json.loads(operator.call("runs", *on[:2], "adapter", "--json").stdout)["runs"]
     assert (row["iteration"], row["host"]) == (4, on[1].split("@")[1])
 
 

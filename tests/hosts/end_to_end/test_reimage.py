@@ -106,7 +106,7 @@ def test_after_a_reimage_one_host_changes_and_the_job_ends_as_if_nothing_had_hap
     fleet.boot(second)
     fleet.hosts[second].shell("docker rm --force $(docker ps --all --quiet)")
     page = operator.folder / "status.html"
-    operator.run("status", *map(fleet.target, NAMES), "--html", str(page), "--checkpoints-folder", CHECKPOINTS)
+    operator.run("status", *map(fleet.target, NAMES), "--html", str(page))
     for word in (
         *(fleet.target(name).split("@")[1] for name in NAMES),
         f"{CHECKPOINTS}/base",

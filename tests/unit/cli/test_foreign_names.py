@@ -193,3 +193,20 @@ def test_no_suggestion_shares_only_its_first_letter(verb: str) -> None:
         for flag in (f"-{letter}", f"--{letter}", f"--{letter}qx", f"--{letter}-zzqq-jj"):
             for line in problems(verb, flag, "1") if flag != "-h" else ():
                 assert not (line.startswith(f"{flag}:") and "did you mean" in line), line
+
+
+@pytest.mark.parametrize(
+    ("flag", "answer"),
+    [
+        ("--lerning-rate", "; if --learning-rate is meant, write --lr"),
+        ("--ouput_dir", "; if --output-dir is meant, write --save"),
+        ("--zzz-qqq", ""),
+    ],
+)
+def test_a_misspelled_name_of_another_program_is_answered(flag: str, answer: str, tmp_path: Path) -> None:
+    line = next(each for each in problems("finetune", flag, "x") if "there is no such flag" in each)
+    assert line == flag.replace("_", "-") + ": there is no such flag" + answer
+    file = tmp_path / "c.yaml"
+    file.write_text(f"{flag[2:]}: x\n")
+    line = next(each for each in problems("finetune", "--config", str(file)) if "unknown setting" in each)
+    assert ("is meant, write '" in line) is bool(answer)

@@ -138,7 +138,9 @@ def test_zero_switches_and_unset_values_are_shown_as_defaults() -> None:
 
 def test_defaults_of_jobs_are_those_of_their_options() -> None:
     options, shown = JobOptions(), _defaults("finetune")
-    for name in ("checkpoints_folder", "hf_home", "image", "shm_size", "rendezvous_port"):
+    for name in ("image", "shm_size", "rendezvous_port"):
         assert shown[flag_of(name)].endswith(f"  [default: {getattr(options, name)}]")
     assert all(limit in shown["--ulimit"] for limit in options.ulimits)
-    assert _defaults("fetch")["--checkpoints-folder"].endswith(f"  [default: {options.checkpoints_folder}]")
+    own = "  [default: that of the inventory or the last bootstrap]"
+    assert shown["--hf-home"].endswith(own)
+    assert all(_defaults(verb)["--checkpoints-folder"].endswith(own) for verb in ("finetune", "fetch", "status"))

@@ -77,7 +77,7 @@ class SlurmLauncher:
             launcher="slurm",
             verb=spec.verb,
             scheduler_id=number,
-            output=host_path(spec.output, spec.options) if spec.output else "",
+            output=host_path(spec.output, spec.options.folders()) if spec.output else "",
             submitted=time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()),
             extra={"login": settings.login or "", "folder": folder},
         )

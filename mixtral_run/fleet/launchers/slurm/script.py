@@ -42,6 +42,7 @@ def spec_of(request: LaunchRequest, settings: SlurmConfig) -> JobSpec:
 
 def _check_options(request: LaunchRequest, settings: SlurmConfig) -> None:
     runtime, options = settings.container_runtime, request.options
+    folders = options.folders()
     problems = [
         f"{flag}: --container-runtime {runtime} does not use it"
         for name, flag, users in (
@@ -55,9 +56,8 @@ def _check_options(request: LaunchRequest, settings: SlurmConfig) -> None:
         if options.image == _DEFAULTS.image:
             file = "FILE.sqsh" if runtime == "enroot" else "FILE.sif"
             problems.append(f"--image: expected {file}, or an image of a registry, with {runtime}; found none")
-        folders = (options.checkpoints_folder, options.hf_home)
         problems += [f"{each}: {runtime} mounts no path with , or : in it" for each in folders if set(each) & set(",:")]
-    texts = (options.checkpoints_folder, options.hf_home, options.image, settings.python)
+    texts = (*folders, options.image, settings.python)
     problems += [f"expected text in one line; found {each!r}" for each in texts if not each.isprintable()]
     if problems:
         raise ConfigError("Some settings of the job are wrong.", problems=problems)
@@ -70,7 +70,7 @@ def _on_the_node(config: Config, values: Mapping[str, Any], options: JobOptions)
     def place(path: Any) -> Any:
         if isinstance(path, str) and path.startswith(JOB_FOLDER + "/"):
             return path[len(JOB_FOLDER) + 1 :]
-        return host_path(path, options) if isinstance(path, str) else path
+        return host_path(path, options.folders()) if isinstance(path, str) else path
 
     found = dict(values)
     for name, value in values.items():
@@ -148,7 +148,7 @@ def _environment(spec: JobSpec, settings: SlurmConfig) -> dict[str, str]:
     if settings.container_runtime in ("docker", "apptainer", "enroot"):
         # Some runtimes pass on the variable of the site, which names a folder that the container does not have.
         found |= {"TRITON_CACHE_DIR": KERNELS, "HF_HOME": HF_HOME}
-    elif spec.options.hf_home != _DEFAULTS.hf_home:
+    elif spec.options.hf_home is not None:
         found["HF_HOME"] = spec.options.hf_home
     if spec.options.nccl_debug:
         found["NCCL_DEBUG"] = spec.options.nccl_debug
@@ -213,12 +213,12 @@ def _resumes(spec: JobSpec) -> bool:
 
 
 def _docker(spec: JobSpec, settings: SlurmConfig) -> list[str]:
-    options = spec.options
+    options, folders = spec.options, spec.options.folders()
     words = ["docker", "run", "--rm", "--init", *CONFINEMENT, "--shm-size", options.shm_size, "--network", "host"]
     words += [] if settings.gpus_per_node else READ_ONLY_ROOT
     if options.ulimits != ("none",):
         words += [word for limit in options.ulimits for word in ("--ulimit", limit)]
-    words += bind(options.checkpoints_folder, CHECKPOINTS) + bind(options.hf_home, HF_HOME)
+    words += bind(folders.checkpoints, CHECKPOINTS) + bind(folders.hf_home, HF_HOME)
     words += [word for mount in spec.mounts for word in bind(mount, mount)]
     words += ["--workdir", CHECKPOINTS]
     names = [*_environment(spec, settings), "GLOO_SOCKET_IFNAME"]
@@ -230,7 +230,7 @@ def _docker(spec: JobSpec, settings: SlurmConfig) -> list[str]:
         *(_DOCKER_RDMA if settings.nodes > 1 else ["rdma=()"]),
         f"exec {shlex.join(words)} \\",
         '    --name "mixtral-run-$SLURM_JOB_ID" --user "$(id -u):$(id -g)" \\',
-        f'    --group-add "$(stat -c %g {shlex.quote(options.checkpoints_folder)})" "${{gpus[@]}}" "${{rdma[@]}}" \\',
+        f'    --group-add "$(stat -c %g {shlex.quote(folders.checkpoints)})" "${{gpus[@]}}" "${{rdma[@]}}" \\',
         f'    --mount "type=bind,source=$MIXTRAL_RUN_JOB_FOLDER,target={JOB_FOLDER},readonly" \\',
         f'    --mount "type=bind,source=$kernels,target={KERNELS}" \\',
         f'    {shlex.quote(options.image)} "$@"',
@@ -260,10 +260,10 @@ _DOCKER_RDMA = [
 
 def _mounts(spec: JobSpec) -> list[str]:
     """Return SOURCE:TARGET for the folders of the node, apart from that of the job."""
-    options = spec.options
+    folders = spec.options.folders()
     pairs = [
-        (options.checkpoints_folder, CHECKPOINTS),
-        (options.hf_home, HF_HOME),
+        (folders.checkpoints, CHECKPOINTS),
+        (folders.hf_home, HF_HOME),
         *((each, each) for each in spec.mounts),
     ]
     odd = [source for source, _ in pairs if set(source) & set(",:")]

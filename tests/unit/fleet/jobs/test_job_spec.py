@@ -16,6 +16,8 @@ from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.config.verbs.trial import RehearseConfig, SmokeConfig
 from mixtral_run.config.verbs.weights import ConvertConfig, ExportConfig, VerifyConfig
 from mixtral_run.errors import ConfigError
+from mixtral_run.fleet.host_folders import HostFolders
+from mixtral_run.fleet.hosts import Host
 from mixtral_run.fleet.jobs.host_facts import FACTS_SCRIPT, HostFacts, check_same_gpus, parse_facts
 from mixtral_run.fleet.jobs.job_spec import ALWAYS_SENT, JobOptions, bind, container_argv, host_path, make_spec
 
@@ -243,10 +245,28 @@ def test_a_mount_takes_colons_commas_and_quotes() -> None:
 
 
 def test_paths_of_the_container_on_the_host() -> None:
-    options = JobOptions(checkpoints_folder="/srv/ckpt")
-    assert host_path("/checkpoints/a", options) == "/srv/ckpt/a"
-    assert host_path("/checkpoints", options) == "/srv/ckpt"
-    assert host_path("/checkpoints2/a", options) == "/checkpoints2/a"
+    folders = JobOptions(checkpoints_folder="/srv/ckpt").folders()
+    assert host_path("/checkpoints/a", folders) == "/srv/ckpt/a"
+    assert host_path("/checkpoints", folders) == "/srv/ckpt"
+    assert host_path("/checkpoints2/a", folders) == "/checkpoints2/a"
+
+
+def test_folders_are_those_of_the_job_then_those_of_the_host_then_those_of_the_role() -> None:
+    host = Host("gpu-01", "gpu-01", checkpoints_folder="/data/c", hf_home="/data/h")
+    assert JobOptions().folders(host) == ("/data/c", "/data/h")
+    assert JobOptions(hf_home="/x").folders(host) == ("/data/c", "/x")
+    assert JobOptions(checkpoints_folder="/x").folders(host) == ("/x", "/data/h")
+    default = ("/var/lib/mixtral-run/checkpoints", "/var/lib/mixtral-run/huggingface")
+    assert JobOptions().folders(Host("gpu-02", "gpu-02")) == JobOptions().folders() == default
+
+
+def test_a_container_mounts_the_folders_of_its_host_and_is_labeled_with_its_output_there() -> None:
+    config = FinetuneConfig(load=Path("base"), save=Path("adapter"), mock_data=True)
+    spec = make_spec("j", "finetune", config, JobOptions(), 1)
+    argv = container_argv(spec, dataclasses.replace(FACTS, folders=HostFolders("/data/c", "/data/h")))
+    mounts = [word for word in argv if word.startswith("type=bind,source=/data/")]
+    assert mounts == ["type=bind,source=/data/c,target=/checkpoints", "type=bind,source=/data/h,target=/huggingface"]
+    assert "org.mixtral-run.output=/data/c/adapter" in argv
 
 
 def test_jobs_on_several_hosts_get_what_nccl_needs_for_rdma() -> None:

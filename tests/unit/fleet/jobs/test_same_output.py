@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -50,6 +52,15 @@ def test_a_running_job_with_the_same_output_is_named() -> None:
     assert refused.value.problems == tuple(
         f"{host}: finetune-1 (finetune), running since 2026-01-01T00:00:00 UTC" for host in ("gpu-01", "gpu-02")
     )
+
+
+def test_outputs_are_compared_in_each_hosts_own_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = dataclasses.replace(HOSTS[1], checkpoints_folder="/data/c")
+    monkeypatch.setattr(sys.modules[__name__], "HOSTS", (HOSTS[0], own))
+    with pytest.raises(OutputTakenError) as refused:
+        refuse(row("running", "/data/c/adapter"))
+    assert refused.value.where == "/data/c/adapter"
+    assert refused.value.problems == ("gpu-02: finetune-1 (finetune), running since 2026-01-01T00:00:00 UTC",)
 
 
 def test_ended_jobs_and_other_outputs_are_no_obstacle() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import os
 import subprocess
@@ -18,6 +19,7 @@ from mixtral_run.errors import ConfigError, HostError
 from mixtral_run.fleet.hosts import Host, parse_host
 from mixtral_run.fleet.jobs import fetch as fetching
 from mixtral_run.fleet.jobs.fetch import fetch, fetch_job
+from mixtral_run.fleet.jobs.job_spec import JobOptions
 from mixtral_run.fleet.jobs.jobs import JobRow
 from mixtral_run.fleet.jobs.transfer import listing, rsync
 from mixtral_run.fleet.jobs.transfer.unpack import Received
@@ -210,6 +212,12 @@ def test_a_job_or_a_path_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     fetch_job("ops@gpu-1:/checkpoints/x/y:/z", tmp_path)
     assert asked[-1] == (["ops@gpu-1"], "known")
     assert calls[-1][0] == (HOST, "/var/lib/mixtral-run/checkpoints/x/y:/z", tmp_path / "z")
+    own = dataclasses.replace(HOST, checkpoints_folder="/data/c")
+    monkeypatch.setattr(fetching, "find_hosts", lambda *_: [own])
+    fetch_job("gpu-1:/checkpoints/x", tmp_path)
+    assert calls[-1][0] == (own, "/data/c/x", tmp_path / "x")
+    fetch_job("gpu-1:/checkpoints/x", tmp_path, folders=JobOptions(checkpoints_folder="/d"))
+    assert calls[-1][0] == (own, "/d/x", tmp_path / "x")
     state[0] = "running"
     with pytest.raises(ConfigError, match="job-1 is still running") as caught:
         fetch_job("job-1", tmp_path)

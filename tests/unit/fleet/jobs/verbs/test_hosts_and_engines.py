@@ -13,6 +13,7 @@ import pytest
 from mixtral_run.config.verbs.serve import ServeConfig
 from mixtral_run.config.verbs.training import FinetuneConfig
 from mixtral_run.errors import ConfigError, HostError, WeightsError
+from mixtral_run.fleet.host_folders import DEFAULT_FOLDERS
 from mixtral_run.fleet.hosts import Host
 from mixtral_run.fleet.jobs import engine_command, host_facts, job_log, jobs, run_on_hosts, stop, taking
 from mixtral_run.fleet.jobs.engine_command import engine_words, max_rank, read_adapter_config
@@ -236,6 +237,18 @@ def test_a_host_that_cannot_run_a_job(answer: Answer, needs_image: bool, what: s
     with pytest.raises(HostError, match="Several hosts cannot run the job; nothing was started") as caught:
         jobs.facts_of([HOST, HOST], options, ssh, needs_image=needs_image)
     assert len(caught.value.problems) == 2
+
+
+def test_each_host_is_asked_for_its_own_folder_of_checkpoints() -> None:
+    ssh: Any = Recorder(Answer(0, text_of(image="1", checkpoints="1"), ""))
+    hosts = [dataclasses.replace(HOST, checkpoints_folder="/data/c", hf_home="/data/h"), HOST]
+    facts = jobs.facts_of(hosts, JobOptions(), ssh)
+    assert [each.folders for each in facts] == [("/data/c", "/data/h"), DEFAULT_FOLDERS]
+    assert [call[2][4] for call in ssh.calls] == ["/data/c", DEFAULT_FOLDERS.checkpoints]
+    lost: Any = Recorder(Answer(0, text_of(image="1"), ""))
+    with pytest.raises(HostError) as caught:
+        jobs.facts_of(hosts[:1], JobOptions(), lost)
+    assert caught.value.expected == "/data/c"
 
 
 def test_an_engine_that_says_nothing_has_its_exit_code() -> None:

@@ -43,12 +43,13 @@ def test_what_is_assumed_where_nothing_is_said() -> None:
     assert dataclasses.asdict(HostFacts()) == {
         "docker": ("docker",), "uid": 1000, "gid": 1000, "group_of_checkpoints": None, "folder": "", "kernels": "",
         "num_gpus": 0, "cdi": False, "address": "", "interface": "", "rdma": (), "bridges": (), "rdma_group": None,
+        "folders": ("/var/lib/mixtral-run/checkpoints", "/var/lib/mixtral-run/huggingface"),
     }  # fmt: skip
     assert dataclasses.asdict(JobOptions()) == {
         "on": (), "inventory": None, "image": "mixtral-run:local", "shm_size": "32g", "environment": (),
         "ulimits": ("memlock=-1", "stack=67108864", "nofile=1048576:1048576"),
-        "checkpoints_folder": "/var/lib/mixtral-run/checkpoints", "hf_home": "/var/lib/mixtral-run/huggingface",
-        "min_hosts": None, "max_restarts": None, "nccl_debug": None, "nccl_timeout": None, "rendezvous_address": None,
+        "checkpoints_folder": None, "hf_home": None, "min_hosts": None, "max_restarts": None,
+        "nccl_debug": None, "nccl_timeout": None, "rendezvous_address": None,
         "rendezvous_port": 29400, "detach": False, "wait": None, "share": False,
     }  # fmt: skip
     assert dataclasses.asdict(Container()) == {"attach": ("--detach",), "program": None, "more": (), "environment": {}}
@@ -167,9 +168,9 @@ def test_which_folders_are_mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_paths_of_both_folders_on_the_host() -> None:
-    options = JobOptions(checkpoints_folder="/c", hf_home="/h")
+    folders = JobOptions(checkpoints_folder="/c", hf_home="/h").folders()
     found = {
-        each: host_path(each, options)
+        each: host_path(each, folders)
         for each in ("/checkpoints", "/checkpoints/a", "/huggingface/a/b", "/huggingface", "/huggingface2", "/x")
     }
     assert list(found.values()) == ["/c", "/c/a", "/h/a/b", "/h", "/huggingface2", "/x"]
