@@ -9,7 +9,7 @@ from pathlib import Path
 from mixtral_run.errors import WeightsError
 from mixtral_run.model.adapters.lora_settings import LoraSettings
 from mixtral_run.weights.adapter.schema import Place, adapter_tensors, places
-from mixtral_run.weights.manifest.checkpoint_folder import Checkpoint, adapter_manifest_of, open_checkpoint
+from mixtral_run.weights.manifest.checkpoint_folder import Checkpoint, Wanted, adapter_manifest_of, open_checkpoint
 from mixtral_run.weights.manifest.folder_kind import ADAPTER, refuse_other_kinds
 from mixtral_run.weights.manifest.manifest import AdapterManifest
 from mixtral_run.weights.mapping.hf_to_megatron import VOCABULARY_KEYS
@@ -38,7 +38,7 @@ class OpenAdapter:
 def open_adapter(path: Path) -> OpenAdapter:
     """Read the manifest. Raises WeightsError if `path` is not a complete adapter checkpoint."""
     refuse_other_kinds("--adapter", path, ADAPTER)
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, Wanted.ADAPTER)
     manifest = adapter_manifest_of(checkpoint)
     return OpenAdapter(checkpoint, manifest, places(manifest.architecture, manifest.lora))
 

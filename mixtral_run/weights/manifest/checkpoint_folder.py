@@ -9,6 +9,7 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum, auto
 from pathlib import Path
 
 from mixtral_run.errors import WeightsError
@@ -31,6 +32,26 @@ _ITERATION = re.compile(r"release|(?:iter_)?([0-9]{1,18})")
 """Texts of the marker; with `iter_`, names of an iteration's folder."""
 
 
+class Wanted(Enum):
+    """Kind of checkpoint that a command needs."""
+
+    BASE = auto()
+    ADAPTER = auto()
+    ANY = auto()
+
+
+_OR_ELSE = {
+    Wanted.BASE: ", or an HF model's directory",
+    Wanted.ADAPTER: "",
+    Wanted.ANY: "; as a base to load also an HF model's directory",
+}
+_HOW_TO_MAKE = {
+    Wanted.BASE: "mixtral-run convert --hf-model-path … --output-path … makes one",
+    Wanted.ADAPTER: "mixtral-run finetune … --save … makes one",
+    Wanted.ANY: "mixtral-run convert --hf-model-path … --output-path … makes a base, mixtral-run finetune … an adapter",
+}
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A base or adapter checkpoint: its folder, one iteration with its folder, and the manifest."""
@@ -51,12 +72,14 @@ class Checkpoint:
         return self.manifest.architecture
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, wanted: Wanted = Wanted.ANY) -> Checkpoint:
     """Find the newest complete iteration of a checkpoint; `path` may also name the iteration's folder itself.
+
+    wanted: what the message names if there is none.
 
     Raises WeightsError if the folder is not a complete checkpoint that the kit wrote.
     """
-    iteration_folder = iteration_folder_of(path)
+    iteration_folder = iteration_folder_of(path, wanted)
     folder = path.parent if iteration_folder == path else path
     # A converted base has one manifest next to its iterations; what training saved has one in each iteration.
     home = iteration_folder if (iteration_folder / MANIFEST_NAME).is_file() else folder
@@ -94,18 +117,18 @@ def kept_iterations(losses: Mapping[int, float | None], keep_last: int, *, keep_
     return kept
 
 
-def iteration_folder_of(path: Path) -> Path:
+def iteration_folder_of(path: Path, wanted: Wanted = Wanted.ANY) -> Path:
     """Return `path` if it is an iteration's folder, else the folder of the newest iteration in it.
 
     Raises WeightsError if there is none.
     """
     try:
-        return path if (path / ".metadata").is_file() else newest_iteration(path)
+        return path if (path / ".metadata").is_file() else newest_iteration(path, wanted)
     except PermissionError as error:
         raise unreadable(path, error) from error
 
 
-def newest_iteration(folder: Path) -> Path:
+def newest_iteration(folder: Path, wanted: Wanted = Wanted.ANY) -> Path:
     """Return the iteration's folder that LATEST names. Raises WeightsError if FOLDER is not a complete checkpoint."""
     marker = folder / LATEST
     try:
@@ -117,10 +140,9 @@ def newest_iteration(folder: Path) -> Path:
         raise WeightsError(
             "This is not a whole checkpoint." if exists else "There is no such folder.",
             where=str(folder),
-            expected=f"a folder with {LATEST}, which is written last; as a base to load also an HF model's directory",
+            expected=f"a folder with {LATEST}, which is written last{_OR_ELSE[wanted]}",
             found=f"a folder without {LATEST}" if exists else None,
-            next_command=how_to_restore(folder)
-            or "mixtral-run convert --hf-model-path … --output-path … makes a base, mixtral-run finetune … an adapter",
+            next_command=how_to_restore(folder) or _HOW_TO_MAKE[wanted],
         ) from error
     except UnicodeDecodeError as error:
         raise WeightsError("The checkpoint's marker is damaged.", where=str(marker), expected="a number") from error

@@ -14,6 +14,7 @@ from mixtral_run.model.architecture import MixtralArchitecture
 from mixtral_run.weights.hf.hf_weights import HFWeights, is_hf_directory, open_hf_weights
 from mixtral_run.weights.manifest.checkpoint_folder import (
     LATEST,
+    Wanted,
     adapter_manifest_of,
     newest_iteration,
     open_checkpoint,
@@ -117,7 +118,7 @@ def describe_base(load: Path) -> BaseDescription:
         raise unreadable(load, error) from error
     if is_hf_model:
         return _describe_hf(load)
-    newest = newest_iteration(load)
+    newest = newest_iteration(load, Wanted.BASE)
     manifest = read_manifest(newest if (newest / MANIFEST_NAME).is_file() else load, BaseManifest)
     return BaseDescription(load, manifest.architecture, manifest.dtype, manifest.fingerprint, None, manifest.source)
 
@@ -135,7 +136,7 @@ def describe_adapter(folder: Path) -> AdapterDescription:
     Raises WeightsError if FOLDER is not a complete adapter checkpoint.
     """
     refuse_other_kinds("--adapter", folder, ADAPTER)
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder, Wanted.ADAPTER)
     manifest = adapter_manifest_of(checkpoint)
     return AdapterDescription(
         checkpoint.iteration_folder,

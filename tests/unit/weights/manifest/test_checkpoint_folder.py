@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from mixtral_run.errors import WeightsError
-from mixtral_run.weights.manifest.checkpoint_folder import LATEST, iteration_of, newest_iteration
+from mixtral_run.weights.adapter.checkpoint import open_adapter
+from mixtral_run.weights.manifest.checkpoint_folder import LATEST, iteration_of, newest_iteration, open_checkpoint
+from mixtral_run.weights.manifest.describe import describe_adapter, describe_base
 from mixtral_run.weights.manifest.proof import PROOF_NAME, check_files
 
 
@@ -58,3 +60,16 @@ def test_a_file_that_a_proof_names_is_checked(tmp_path: Path) -> None:
     (tmp_path / PROOF_NAME).write_text(json.dumps({"files": {"tokenizer.json": "0", "gone": "0"}}))
     (tmp_path / "tokenizer.json").write_text("{}")
     assert [line.split(":")[0] for line in check_files(tmp_path)] == ["tokenizer.json", "gone"]
+
+
+def test_a_missing_folder_is_told_by_what_was_wanted(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="There is no such folder") as base:
+        describe_base(tmp_path / "nothing")
+    assert "an HF model's directory" in str(base.value.expected) and "finetune" not in str(base.value.next_command)
+    for describe in (describe_adapter, open_adapter):
+        with pytest.raises(WeightsError, match="There is no such folder") as adapter:
+            describe(tmp_path / "nothing")
+        assert "HF" not in str(adapter.value.expected) and "convert" not in str(adapter.value.next_command)
+    with pytest.raises(WeightsError, match="This is not a whole checkpoint") as either:
+        open_checkpoint(tmp_path)
+    assert "convert" in str(either.value.next_command) and "finetune" in str(either.value.next_command)
