@@ -38,6 +38,8 @@ ROLES = ("docker", "hf_cache", "swap")
         # The prefix itself is misspelled.
         ("dockr_users", "docker_users", True),
         ("hfcache_home", "hf_cache_home", True),
+        ("Docker_Users", "docker_users", True),
+        ("SWAP_PATH", "swap_path", True),
         # Those of other roles are like each other only by their prefix.
         ("docker_compose_version", "", False),
         ("swap_file_size_mb", "", False),
@@ -49,6 +51,13 @@ def test_a_misspelling_is_told_from_a_variable_of_another_role(name: str, like: 
     assert (found.name, found.like, found.is_misspelled) == (name, like, is_misspelled)
     assert NAMES.unused_names([name], (), KNOWN, ROLES, [f"{{{{ {name} | default }}}}", "{{ mixtral_spread }}"]) == []
     assert NAMES.unused_names([name], (), KNOWN, ROLES, [f"{name} in text", "{{ mixtral_spread }}"])
+
+
+@pytest.mark.parametrize("name", ["docker-users", "docker.users", "hf-cache-home", "Docker-Daemon-Settings"])
+def test_a_name_that_no_template_can_use_is_a_misspelling(name: str) -> None:
+    """Ansible keeps such names of an inventory without a word."""
+    (found,) = NAMES.unused_names([name], (), KNOWN, ROLES, [])
+    assert (found.like, found.is_misspelled) == (name.lower().replace("-", "_").replace(".", "_"), True)
 
 
 def test_other_names_count_only_if_they_were_given_for_this_run() -> None:
