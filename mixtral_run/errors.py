@@ -95,10 +95,19 @@ _TEXTS = ("what", "where", "expected", "found", "next_command")
 
 
 def described(error: BaseException) -> dict[str, object]:
-    """Return an error as JSON values: the parts of its message, and the exit code of a MixtralRunError."""
+    """Return an error as JSON values: the parts of its message, and the exit code of a MixtralRunError.
+
+    Names of files that are not UTF-8 have bytes that no UTF-8 text can hold; they are written out.
+    """
     if not isinstance(error, MixtralRunError):
-        return {"what": str(error) or type(error).__name__}
-    return {name: getattr(error, name) for name in (*_TEXTS, "exit_code")} | {"problems": list(error.problems)}
+        return {"what": _encodable(str(error) or type(error).__name__)}
+    values = {name: getattr(error, name) for name in _TEXTS}
+    texts: dict[str, object] = {name: None if text is None else _encodable(str(text)) for name, text in values.items()}
+    return {**texts, "exit_code": error.exit_code, "problems": [_encodable(each) for each in error.problems]}
+
+
+def _encodable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def to_mapping(error: MixtralRunError) -> dict[str, object]:
