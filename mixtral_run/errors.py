@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import errno
+import re
 import shlex
 from collections.abc import Mapping, Sequence
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that move the cursor, turn the direction of a text, or cannot be printed."""
+
+
+def escaped(text: str) -> str:
+    """Return a text for a terminal: characters that would change it are written out. Line ends and tabs stay."""
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 class MixtralRunError(Exception):
@@ -43,7 +52,8 @@ class MixtralRunError(Exception):
             ("next", self.next_command),
         )
         lines += [f"  {label + ':':<9} {value}" for label, value in labeled if value is not None]
-        return "\n".join(lines)
+        # Names of files, keys of data and answers of hosts are not trusted.
+        return escaped("\n".join(lines))
 
 
 class ConfigError(MixtralRunError):

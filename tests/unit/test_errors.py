@@ -81,3 +81,9 @@ def test_an_error_about_a_name_that_is_not_utf_8_can_be_written_as_json() -> Non
     found = described(error)
     assert (found["what"], found["where"], found["problems"]) == ("no \\udcff", "a\\udcff.jsonl", ["b\\udc80: \u00e9"])
     assert found["expected"] is None and found["exit_code"] == 2
+
+
+def test_an_error_cannot_change_the_terminal() -> None:
+    error = ConfigError("a\x1b[2J", where="b\x1b]0;x\x07", found="c\u202e\udcff\r", problems=["d\x9b1m: é\t日"])
+    assert str(error) == ("a\\x1b[2J\n  - d\\x9b1m: é\t日\n  where:    b\\x1b]0;x\\x07\n  found:    c\\u202e\\udcff\\r")
+    assert described(error)["where"] == "b\x1b]0;x\x07"
