@@ -183,6 +183,9 @@ def _content(content: object) -> tuple[str, str | None]:
             texts.append(part)
         elif isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
+        elif isinstance(part, dict) and part.get("type", "text") == "text":
+            found = "nothing" if "text" not in part else json_type(part["text"])
+            return "", f"expected text under 'text' of each part; found {found}"
         else:
             found = part.get("type") if isinstance(part, dict) else part
             return "", f"expected parts of the type 'text'; found {json.dumps(found, default=str)[:40]}"
