@@ -287,7 +287,8 @@ def _absent(module, record, apt):
         dragged = [name for name in plan.removed if name not in mine]
     unneeded = [name for name in footprint.unneeded(apt, mine, installed) if name not in held]
     dragged += [name for name in back.dragged if name not in mine + dragged + unneeded] if back else []
-    _refuse_dragged(module, dragged, set(), mine, installed)
+    others = [name for name in back.changed if name in held and name not in mine] if back else []
+    _refuse_dragged(module, dragged + others, held - set(mine), mine or list(missing), installed)
     unneeded = [name for name in unneeded if name not in dragged]
     for words in back.notes if back else []:
         module.warn(words)

@@ -8,10 +8,11 @@ from ..commands import run
 from . import transaction
 from .kept_files import KeptFiles, conffiles
 
-Return = namedtuple("Return", "words versions notes answer dragged")
+Return = namedtuple("Return", "words versions notes answer dragged changed")
 """How packages come back. words: of `apt-get install`. versions: by name. notes: sentences on versions that the archive no
-longer has. answer: of the simulation. dragged: all packages that the installation would remove."""
-INSTALLED = Return([], {}, [], None, [])
+longer has. answer: of the simulation. dragged, changed: all packages that the installation would
+remove, and those of which it would install another version."""
+INSTALLED = Return([], {}, [], None, [], {})
 """All packages are there again. What `put_back` does after their installation is left."""
 _OPTIONS = ["--no-install-recommends", "--allow-downgrades", "--allow-change-held-packages"]
 
@@ -81,7 +82,8 @@ class Replaced:
         notes = [said.format(name, missing[name], versions[name] or "the archive's version") for name in other]
         said = "{} {} does not come back: it came from no archive of this host when it was replaced"
         notes += [said.format(name, missing[name] or "") for name in lost]
-        return Return(_OPTIONS + words, versions, notes, answer, [] if answer.code else simulated.removed)
+        dragged, changed = ([], {}) if answer.code else (simulated.removed, simulated.changed)
+        return Return(_OPTIONS + words, versions, notes, answer, dragged, changed)
 
     def put_back(self, apt, plan):
         """Install the packages of a plan, with their files, marks and services. Return the answer of apt-get.

@@ -79,3 +79,17 @@ def test_a_teardown_completes_what_dpkg_had_begun(host: Host) -> None:  # noqa: 
     result = host.call(state="absent")
     assert not result.get("failed") and host.packages() == WANTED, result
     assert not host.call(state="absent")["changed"]
+
+
+def test_a_package_that_somebody_holds_is_not_changed_by_a_return(host: Host) -> None:  # noqa: F811
+    host.call()
+    apt = (host.programs.folder / "apt-get").read_text()
+    change = 'case "$*" in *simulate*docker.io*) echo "Inst bash [5] (6 x [amd64])" ;; esac'
+    host.programs.put("apt-get", change, apt)
+    assert not host.call(state="absent", check_mode=True, remove_dependents=False).get("failed"), "nobody holds it"
+    host.state.write_text(host.state.read_text().replace("bash 5 installed install", "bash 5 installed hold"))
+    before, record = host.packages(), host.record()
+    result = host.call(state="absent", remove_dependents=False)
+    assert result["failed"] and "bash 5 (held by somebody)" in result["msg"]
+    assert host.packages() == before and host.record() == record
+    assert not host.call(state="absent").get("failed") and host.packages() == WANTED
