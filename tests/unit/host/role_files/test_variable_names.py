@@ -122,3 +122,27 @@ def test_a_plain_play_refuses_the_host_and_names_the_file(tmp_path: Path, words:
     assert "docker_compose_version (group_vars/all.yml:1): no role" not in shown
     # Without the task, nobody would have looked at the variables: no host begins.
     assert shown.count("it began") == (0 if words else 1)
+
+
+@pytest.mark.parametrize(
+    ("variables", "refused"),
+    [
+        ("8080: a\non: b\nmixtral_own_variables:\n", ""),
+        ("mixtral_own_variables: docker_user, hf_cache_hom\ndocker_user: a\n", ""),
+        ("mixtral_own_variables: 5\n", "mixtral_own_variables: expected a list of names; found 5"),
+        (
+            "mixtral_own_variables: {docker_user: a}\ndocker_user: a\n",
+            "mixtral_own_variables: expected a list of names",
+        ),
+    ],
+)
+def test_keys_that_are_no_names_stop_no_host(tmp_path: Path, variables: str, refused: str) -> None:
+    (tmp_path / "group_vars").mkdir()
+    (tmp_path / "group_vars/all.yml").write_text(variables)
+    (tmp_path / "hosts").write_text(f"a ansible_connection=local ansible_python_interpreter={sys.executable}\n")
+    (tmp_path / "play.yml").write_text(PLAY.replace("ROOT", str(ROOT)))
+    environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1", "COLUMNS": "900"}
+    argv = [Path(sys.executable).parent / "ansible-playbook", "-i", "hosts", "play.yml"]
+    done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == (2 if refused else 0), done.stdout + done.stderr
+    assert refused in done.stdout and "Task failed: '" not in done.stdout
