@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import errno
+import re
 import shlex
 from collections.abc import Mapping, Sequence
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that move the cursor, turn the direction of a text, or cannot be printed."""
+
+
+def escaped(text: str) -> str:
+    """Return a text for a terminal: characters that would change it are written out. Line ends and tabs stay."""
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 class MixtralRunError(Exception):
@@ -43,7 +52,8 @@ class MixtralRunError(Exception):
             ("next", self.next_command),
         )
         lines += [f"  {label + ':':<9} {value}" for label, value in labeled if value is not None]
-        return "\n".join(lines)
+        # Names of files, keys of data and answers of hosts are not trusted.
+        return escaped("\n".join(lines))
 
 
 class ConfigError(MixtralRunError):
@@ -95,10 +105,19 @@ _TEXTS = ("what", "where", "expected", "found", "next_command")
 
 
 def described(error: BaseException) -> dict[str, object]:
-    """Return an error as JSON values: the parts of its message, and the exit code of a MixtralRunError."""
+    """Return an error as JSON values: the parts of its message, and the exit code of a MixtralRunError.
+
+    Names of files that are not UTF-8 have bytes that no UTF-8 text can hold; they are written out.
+    """
     if not isinstance(error, MixtralRunError):
-        return {"what": str(error) or type(error).__name__}
-    return {name: getattr(error, name) for name in (*_TEXTS, "exit_code")} | {"problems": list(error.problems)}
+        return {"what": _encodable(str(error) or type(error).__name__)}
+    values = {name: getattr(error, name) for name in _TEXTS}
+    texts: dict[str, object] = {name: None if text is None else _encodable(str(text)) for name, text in values.items()}
+    return {**texts, "exit_code": error.exit_code, "problems": [_encodable(each) for each in error.problems]}
+
+
+def _encodable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def to_mapping(error: MixtralRunError) -> dict[str, object]:

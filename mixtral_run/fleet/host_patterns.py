@@ -14,13 +14,17 @@ Groups = Mapping[str, Sequence[str]]
 """Names of the hosts of each group of an inventory, those of its child groups included."""
 
 # A colon before digits alone is that of a port. One in brackets belongs to an IPv6 address, or to a range.
-_PART = re.compile(r"(?:\[[^\]]*\]|:(?=\d+(?::|$))|[^:])+")
-_SUBSCRIPT = re.compile(r"(.+)\[(?:(-?\d+)|(\d+):(-?\d+)?)\]")
+_PART = re.compile(r"(?:\[[^\]]*\]|\(\?:|:(?=\d+(?::|$))|[^:])+")
+_SUBSCRIPT = re.compile(r"(.+)\[(?:(-?\d+)|(\d+):(\d*))\]")
+_FORMER_RANGE = re.compile(r"(.+)\[\d+-\d+\]")
 _PATTERN_SIGNS = ("*", "?", "[", "!", "&", "~")
 
 
 def split_patterns(text: str) -> list[str]:
-    """Split `a,b`, `a b` and `a:!b` into single patterns. `gpu-02:2222` and an IPv6 address remain whole."""
+    """Split `a,b`, `a b` and `a:!b` into single patterns. `gpu-02:2222` and an IPv6 address remain whole.
+
+    A regular expression ends at a colon as well, but for that of `(?:`.
+    """
     found: list[str] = []
     for piece in filter(None, re.split(r"[,\s]+", text)):
         found += [piece] if _is_whole(piece) else _PART.findall(piece)
@@ -28,8 +32,6 @@ def split_patterns(text: str) -> list[str]:
 
 
 def _is_whole(piece: str) -> bool:
-    if piece.startswith("~"):
-        return True
     address = piece.rpartition("@")[2].lstrip("!&").partition("%")[0]
     try:
         ipaddress.IPv6Address(address)
@@ -59,7 +61,7 @@ def choose_hosts(words: Iterable[str], known: Sequence[Host], groups: Groups, *,
         found = match(pattern, known, groups)
         if not found and may_be_new and others and pattern in whole and not _is_pattern(pattern):
             strangers.append(pattern)
-        elif not found:
+        elif not found and not _names_empty_group(pattern, known, groups):
             unknown.append(pattern)
         return found
 
@@ -81,6 +83,13 @@ def choose_hosts(words: Iterable[str], known: Sequence[Host], groups: Groups, *,
             found=", ".join(dict.fromkeys(unknown)) or "none",
         )
     return tuple(dict.fromkeys(chosen))
+
+
+def _names_empty_group(pattern: str, known: Sequence[Host], groups: Groups) -> bool:
+    """Return True if a pattern is the name of a group that has no host, or none of those to choose from."""
+    subscript = _SUBSCRIPT.fullmatch(pattern)
+    name = subscript[1] if subscript else pattern
+    return name in groups and not _matches(name, known, groups)
 
 
 def _new(piece: str, strangers: Sequence[str]) -> list[Host]:
@@ -107,13 +116,24 @@ def match(pattern: str, known: Sequence[Host], groups: Groups) -> list[Host]:
         return [named]
     subscript = None if pattern.startswith("~") else _SUBSCRIPT.fullmatch(pattern)
     if not subscript:
+        _refuse_former_range(pattern, known, groups)
         return _matches(pattern, known, groups)
     expression, index, first, last = subscript.groups()
     found = _matches(expression, known, groups)
     if index is not None:
         return found[int(index) :][:1] if -len(found) <= int(index) < len(found) else []
-    end = len(found) if last in (None, "-1") else int(last) + 1
-    return found[int(first) : end]
+    return found[int(first) : int(last) + 1 if last else len(found)]
+
+
+def _refuse_former_range(pattern: str, known: Sequence[Host], groups: Groups) -> None:
+    """Raise ConfigError for `web*[1-2]`, which is a range for Ansible, and characters of a name for a wildcard."""
+    former = None if pattern.startswith("~") else _FORMER_RANGE.fullmatch(pattern)
+    if former and _matches(former[1], known, groups):
+        raise ConfigError(
+            "A host pattern has two meanings.",
+            expected="[x:y] for a range of hosts; a name or ~ and a regular expression for characters of names",
+            found=pattern,
+        )
 
 
 def _matches(expression: str, known: Sequence[Host], groups: Groups) -> list[Host]:

@@ -203,8 +203,12 @@ def inventory_names(listing: Mapping[str, Any]) -> list[str]:
 
 
 def groups_of(listing: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return the hosts of each group of an inventory, those of its child groups included."""
-    return {name: _members(listing, name) for name in listing if name not in ("_meta", "all")}
+    """Return the hosts of each group of an inventory, those of its child groups included.
+
+    Ansible lists a group without hosts only among the children of another.
+    """
+    names = [*listing, *(child for group in listing.values() for child in group.get("children", []))]
+    return {name: _members(listing, name) for name in dict.fromkeys(names) if name not in ("_meta", "all")}
 
 
 def hosts_of_inventory(listing: Mapping[str, Any], inventory: Path) -> tuple[Host, ...]:
@@ -217,9 +221,16 @@ def hosts_of_inventory(listing: Mapping[str, Any], inventory: Path) -> tuple[Hos
 
 
 def _members(listing: Mapping[str, Any], group: str) -> list[str]:
-    found = dict.fromkeys(listing.get(group, {}).get("hosts", []))
-    for child in listing.get(group, {}).get("children", []):
-        found |= dict.fromkeys(_members(listing, child))
+    """Return the hosts of a group in Ansible's order: its own, then those of its children, then of their children."""
+    found: dict[str, None] = {}
+    seen, level = {group}, [group]
+    while level:
+        children: dict[str, None] = {}
+        for name in level:
+            found |= dict.fromkeys(listing.get(name, {}).get("hosts", []))
+            children |= dict.fromkeys(listing.get(name, {}).get("children", []))
+        level = [name for name in children if name not in seen]
+        seen.update(level)
     return list(found)
 
 

@@ -51,8 +51,9 @@ class CallbackModule(CallbackBase):
         if result.result.get("changed"):
             add(result.host.get_name(), result.task.get_name().replace(" : ", " · "))
             # Changes that nobody should miss, such as those of users and owners.
-            for words in result.result.get("shown") or ():
-                self._display.display(f"{result.host.get_name()}: {words}")
+            shown = result.result.get("shown")
+            for words in shown if isinstance(shown, list) else ():
+                self._display.display(f"{result.host.get_name()}: {_plain(words)}")
 
     def v2_playbook_on_play_start(self, play):
         if not context.CLIARGS.get("start_at_task"):
@@ -79,6 +80,11 @@ class CallbackModule(CallbackBase):
             self._display.error(f"{', '.join(hosts)}: {refused}", wrap_text=False)
         if alike:
             sys.exit(2)
+
+
+def _plain(text):
+    """Return a text of a host on one line without control characters, which would change the terminal."""
+    return "".join(letter if letter.isprintable() else " " for letter in str(text))
 
 
 def _tasks(entries):

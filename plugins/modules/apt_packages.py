@@ -78,7 +78,7 @@ from ..module_utils.mixtral_run_host import probe
 from ..module_utils.mixtral_run_host.apt import apt_output, apt_sources, transaction
 from ..module_utils.mixtral_run_host.apt.apt import SOURCES, Apt
 from ..module_utils.mixtral_run_host.apt.apt_footprint import Footprint
-from ..module_utils.mixtral_run_host.apt.replaced import Replaced, refuse
+from ..module_utils.mixtral_run_host.apt.replaced import INSTALLED, Replaced, refuse
 from ..module_utils.mixtral_run_host.engine import engine_use
 from ..module_utils.mixtral_run_host.files import Record, explain
 from ..module_utils.mixtral_run_host.start import run_module
@@ -270,10 +270,15 @@ def _absent(module, record, apt):
     held -= set(record.values.get(_key(params, "also_held"), []))
     mine = [name for name in record.values.get(params["section"], []) if name in installed]
     _refuse_when_busy(module, mine)
+    if params["section"] in record.values and not module.check_mode:
+        # apt-get refuses everything as long as the work of a killed run is not completed.
+        transaction.finish_dpkg(module, apt)
+        installed = transaction.packages()[0]
     replaced, footprint = _replaced(module, record), _footprint(module, record)
     missing = replaced.missing(installed) if params["restore_replaced"] else {}
     changed = params["section"] in record.values or bool(missing)
-    back = _plan_of_return(module, apt, replaced, missing, mine) if missing else None
+    back = INSTALLED if params["restore_replaced"] and replaced.is_returning else None
+    back = _plan_of_return(module, apt, replaced, missing, mine) if missing else back
     dragged = []
     if mine:
         plan, answer = apt.simulate(transaction.REMOVE + mine)
@@ -282,7 +287,8 @@ def _absent(module, record, apt):
         dragged = [name for name in plan.removed if name not in mine]
     unneeded = [name for name in footprint.unneeded(apt, mine, installed) if name not in held]
     dragged += [name for name in back.dragged if name not in mine + dragged + unneeded] if back else []
-    _refuse_dragged(module, dragged, set(), mine, installed)
+    others = [name for name in back.changed if name in held and name not in mine] if back else []
+    _refuse_dragged(module, dragged + others, held - set(mine), mine or list(missing), installed)
     unneeded = [name for name in unneeded if name not in dragged]
     for words in back.notes if back else []:
         module.warn(words)

@@ -51,10 +51,14 @@ def check(arguments, variables, templar, loader):
 def _names(arguments, variables, templar, loader, specs):
     """Return the lines about misspelled names, and the warning about other names that nothing uses."""
     extra = dict(load_extra_vars(loader)) if arguments.get("extra_vars") else {}
-    own = templar.template(variables.get(variable_names.OWN, []))
+    own = templar.template(variables.get(variable_names.OWN)) or []
     own = own.replace(",", " ").split() if isinstance(own, str) else own
-    known = {name for options in specs.values() for name in options} | set(own)
-    unused = variable_names.unused_names(variables, extra, known, specs, _texts(variables))
+    if not isinstance(own, list):
+        return [f"{variable_names.OWN}: expected a list of names; found {own!r}"], ""
+    # An inventory may have a number or `on` for a key, which is no variable that a template could name.
+    names = [name for name in variables if isinstance(name, str)]
+    known = {name for options in specs.values() for name in options} | {str(name) for name in own}
+    unused = variable_names.unused_names(names, extra, known, specs, _texts(variables))
     placed = [(each, _origin(each.name, variables, extra)) for each in unused]
     others = [pair for pair in placed if not pair[0].is_misspelled]
     misspelled = [variable_names.misspelled(*pair) for pair in placed if pair[0].is_misspelled]

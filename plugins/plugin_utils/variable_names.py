@@ -75,6 +75,10 @@ def _nearest(name: str, prefix: str, known: Collection[str]) -> tuple[str, bool]
 
     Names of one role are compared without its prefix, which would make all of them alike.
     """
+    # Ansible takes `docker-users` from an inventory, but no template can name it.
+    spelled = re.sub(r"\W", "_", name.lower())
+    if spelled != name and spelled in known:
+        return spelled, True
     rest = name.removeprefix(prefix)
     others = [each.removeprefix(prefix) for each in sorted(known) if each.startswith(prefix)]
     close = difflib.get_close_matches(rest, others, n=1, cutoff=LIKE if prefix else NEAR_WHOLE)

@@ -11,6 +11,7 @@ from mixtral_run.errors import (
     MixtralRunError,
     Stopped,
     WeightsError,
+    described,
     from_mapping,
     from_os_error,
     to_mapping,
@@ -71,3 +72,18 @@ def test_errors_of_the_system_are_translated_or_left_alone() -> None:
     assert (type(full), full.where if full else None) == (WeightsError, "/out")
     assert isinstance(from_os_error(PermissionError(errno.EACCES, "Permission denied", "/out")), ConfigError)
     assert from_os_error(FileNotFoundError(errno.ENOENT, "No such file", "/out")) is None
+
+
+def test_an_error_about_a_name_that_is_not_utf_8_can_be_written_as_json() -> None:
+    error = ConfigError("no \udcff", where="a\udcff.jsonl", problems=["b\udc80: \u00e9"])
+    for each in (described(error), described(ValueError("c\udcff")), to_mapping(error)):
+        json.dumps(each, ensure_ascii=False).encode("utf-8")
+    found = described(error)
+    assert (found["what"], found["where"], found["problems"]) == ("no \\udcff", "a\\udcff.jsonl", ["b\\udc80: \u00e9"])
+    assert found["expected"] is None and found["exit_code"] == 2
+
+
+def test_an_error_cannot_change_the_terminal() -> None:
+    error = ConfigError("a\x1b[2J", where="b\x1b]0;x\x07", found="c\u202e\udcff\r", problems=["d\x9b1m: é\t日"])
+    assert str(error) == ("a\\x1b[2J\n  - d\\x9b1m: é\t日\n  where:    b\\x1b]0;x\\x07\n  found:    c\\u202e\\udcff\\r")
+    assert described(error)["where"] == "b\x1b]0;x\x07"

@@ -140,13 +140,13 @@ class FleetProgress:
         role, task = str(data.get("role") or ""), str(data.get("task") or "")
         label = _label(role, task)
         notices = []
-        for each in result.get("warnings") or []:
+        for each in _list(result.get("warnings")):
             # Some modules begin with the host's name. Without it the warnings of all hosts are equal, and shown once.
             warning = str(each).removeprefix(f"{host.name}: ")
             if warning not in host.warnings:
                 host.warnings.append(warning)
                 notices.append(Notice(host.name, "warning", warning))
-        notices += [Notice(host.name, "announcement", str(each)) for each in result.get("announcements") or []]
+        notices += [Notice(host.name, "announcement", str(each)) for each in _list(result.get("announcements"))]
         if "spread_note" in result:
             host.detail = str(result.get("msg") or result["spread_note"])
             notices += [Notice(host.name, "note", str(result["spread_note"]))] if result["spread_note"] else []
@@ -160,8 +160,7 @@ class FleetProgress:
         if kind == "runner_on_ok" and result.get("changed"):
             host.changed += 1
             host.changed_tasks.append(label)
-            shown = result.get("shown")
-            words = ", ".join(map(str, shown)) if isinstance(shown, list) else ""
+            words = ", ".join(map(str, _list(result.get("shown"))))
             host.shown += [f"{label}: {words}"] if words else []
             notices.append(Notice(host.name, "changed", f"{label}: {words}" if words else label))
         elif kind == "runner_on_ok" and result.get("censored"):
@@ -211,6 +210,11 @@ class FleetProgress:
     def bad(self) -> list[HostProgress]:
         """Hosts that were not set up completely."""
         return [host for host in self.hosts.values() if host.phase is not Phase.DONE]
+
+
+def _list(value: object) -> list[Any]:
+    """Return a list of a module's result. The host is not trusted to send one."""
+    return value if isinstance(value, list) else []
 
 
 def _label(role: str, task: str) -> str:

@@ -32,6 +32,9 @@ def run(argv, timeout=60, stdin=None, environment=None):
         )
     except FileNotFoundError:
         return Result(MISSING, "", "{}: not installed".format(argv[0]))
+    except PermissionError:
+        # Also where a folder of PATH is closed to this user, and the program is in no other one.
+        return Result(MISSING, "", "{}: not installed, or this user may not run it".format(argv[0]))
     except subprocess.TimeoutExpired:
         return Result(TIMED_OUT, "", "{}: no answer within {} s".format(argv[0], timeout))
     return Result(done.returncode, done.stdout.decode("utf-8", "replace"), done.stderr.decode("utf-8", "replace"))

@@ -262,5 +262,15 @@ def test_a_message_of_a_play_loses_control_sequences() -> None:
     assert progress.hosts["evil"].failure is not None and progress.hosts["evil"].failure.message == "broken"
 
 
+@pytest.mark.parametrize("odd", [5, True, "abc", {"a": 1}])
+def test_lists_of_a_result_that_are_none_change_nothing(odd: object) -> None:
+    progress = FleetProgress(["evil"])
+    result = {"changed": True, "warnings": odd, "announcements": odd, "shown": odd}
+    notices = progress.fold(
+        {"event": "runner_on_ok", "event_data": {"host": "evil", "role": "x", "task": "Look", "res": result}}
+    )
+    assert [notice.text for notice in notices] == ["x · Look"]
+
+
 def test_an_odd_state_has_a_row_on_the_page() -> None:
     assert "! unreadable" in page([HostStatus("evil", reachable=True, error="its answer is not in the expected form")])

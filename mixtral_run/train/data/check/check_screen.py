@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TextIO
 
+from mixtral_run.errors import escaped
 from mixtral_run.train.data.check.check import CheckResult, Spelled
 from mixtral_run.train.data.check.length_count import Lengths
 from mixtral_run.train.data.check.rendering import Part, Rendered
@@ -20,8 +20,6 @@ _BEGIN, _END = "⟦", "⟧"
 _TOKEN_BEGIN, _TOKEN_END = "‹", "›"
 _BAR_WIDTH = 40
 _MOST_CHARACTERS = 1500
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Characters that move the cursor, turn the direction of a text, or cannot be printed."""
 
 
 def colored(stream: TextIO) -> bool:
@@ -34,24 +32,19 @@ def check_lines(result: CheckResult, *, color: bool) -> list[str]:
     return list(_lines(result, color))
 
 
-def printable(text: str) -> str:
-    """Return a text without characters that change a terminal: data are not trusted."""
-    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
-
-
 def _lines(result: CheckResult, color: bool) -> Iterator[str]:
-    yield f"{' '.join(map(printable, result.sources))}: {counted(result.num_examples, 'example')}"
+    yield f"{' '.join(map(escaped, result.sources))}: {counted(result.num_examples, 'example')}"
     yield "  shapes: " + (", ".join(f"{name} {count:,}" for name, count in result.counts_by_shape.items()) or "none")
-    places = f" ({printable('; '.join(result.duplicates))}{'; …' * (result.num_duplicates > len(result.duplicates))})"
+    places = f" ({escaped('; '.join(result.duplicates))}{'; …' * (result.num_duplicates > len(result.duplicates))})"
     yield f"  exact duplicates: {result.num_duplicates:,}{places if result.num_duplicates else ''}"
     yield f"  examples that cannot be used: {result.num_bad:,}"
     shown = result.problems[:NUM_PROBLEMS_SHOWN]
-    yield from (f"    - {printable(problem)}" for problem in shown)
+    yield from (f"    - {escaped(problem)}" for problem in shown)
     if (more := result.num_problems - len(shown)) > 0:
         listed = f"the first {len(result.problems):,}" if len(result.problems) < result.num_problems else "all"
         yield f"    and {more:,} more; --json lists {listed}"
     for remark in result.remarks:
-        yield f"  ! {printable(remark)}"
+        yield f"  ! {escaped(remark)}"
     yield from map(_spelled_line, result.spelled)
     if result.lengths is not None:
         yield from _length_lines(result.lengths, result)
@@ -78,7 +71,7 @@ def _spelled_line(found: Spelled) -> str:
         AS_TOKEN: "It becomes the token there: remove it from the text.",
     }[found.encoded_as]
     examples = counted(found.num_examples, "example")
-    return f"  ! {examples} {has} {kind} {printable(found.token)!r} ({printable(places)}). {how}"
+    return f"  ! {examples} {has} {kind} {escaped(found.token)!r} ({escaped(places)}). {how}"
 
 
 def _length_lines(lengths: Lengths, result: CheckResult) -> Iterator[str]:
@@ -116,12 +109,12 @@ def _length_lines(lengths: Lengths, result: CheckResult) -> Iterator[str]:
 
 
 def _rendered_lines(rendered: Rendered, color: bool) -> Iterator[str]:
-    yield f"{printable(rendered.place)}:"
+    yield f"{escaped(rendered.place)}:"
     yield from _marked_parts(_shortened(rendered.parts), color).split("\n")
 
 
 def _marked(part: Part, color: bool) -> str:
-    text = printable(part.text)
+    text = escaped(part.text)
     if part.control and not color:
         return f"{_TOKEN_BEGIN}{text}{_TOKEN_END}"
     look = color * (_GREEN * part.learned + _INVERSE * part.control)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from mixtral_run.train.data.reading.example import Example
 from mixtral_run.train.data.templates.encoded import EncodedExample
 
 Decode = Callable[[list[int]], str]
+_CONTEXT = 16
+"""Tokens before a part with which it is decoded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,15 +95,19 @@ def rendered_tokens(
         if at in (0, len(tokens)) or is_learned[at] != is_learned[at - 1] or control[at] or control[at - 1]
     ]
     borders = sorted({*borders, *(begin for begin, _ in learned)})
-    # Text up to a border, less the text up to the one before: decoders drop the space before a first word.
-    texts = [decode(tokens[:border]) for border in borders]
-    cuts = list(zip(texts, texts[1:], borders, borders[1:], strict=False))
     parts = [
-        Part(
-            after[len(before) :] if after.startswith(before) else decode(tokens[begin:end]),
-            is_learned[begin],
-            control[begin],
-        )
-        for before, after, begin, end in cuts
+        Part(_text_of(tokens, begin, end, decode), is_learned[begin], control[begin])
+        for begin, end in itertools.pairwise(borders)
     ]
     return Rendered(place, tuple(parts))
+
+
+def _text_of(tokens: list[int], begin: int, end: int, decode: Decode) -> str:
+    """Return the text of tokens [begin, end) as it stands behind those before them.
+
+    Decoders drop the space before a first word. A few tokens before are enough to keep it; all of them would take a
+    time that grows with the square of the length.
+    """
+    start = max(begin - _CONTEXT, 0)
+    before, after = decode(tokens[start:begin]), decode(tokens[start:end])
+    return after[len(before) :] if after.startswith(before) else decode(tokens[begin:end])

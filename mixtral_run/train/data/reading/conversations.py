@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mixtral_run.train.data.reading.example import ASSISTANT, SYSTEM, TOOL, USER, Message
-from mixtral_run.train.data.reading.json_values import unwritable_number
+from mixtral_run.train.data.reading.json_values import read_json, unwritable_number
 from mixtral_run.train.data.reading.records import json_type
 
 ROLE_NAMES = {
@@ -183,6 +183,9 @@ def _content(content: object) -> tuple[str, str | None]:
             texts.append(part)
         elif isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
+        elif isinstance(part, dict) and part.get("type", "text") == "text":
+            kind = "nothing" if "text" not in part else json_type(part["text"])
+            return "", f"expected text under 'text' of each part; found {kind}"
         else:
             found = part.get("type") if isinstance(part, dict) else part
             return "", f"expected parts of the type 'text'; found {json.dumps(found, default=str)[:40]}"
@@ -225,8 +228,8 @@ def _call_of(value: object) -> tuple[tuple[Mapping[str, Any], ...], str | None]:
     function = value
     if isinstance(value, str):
         try:
-            function = json.loads(value)
-        except (ValueError, RecursionError):
+            function = read_json(value)
+        except ValueError:
             return (), "expected a function's call as JSON"
     entries = function if isinstance(function, list) else [function]
     return _tool_calls([{"type": "function", "function": each} for each in entries])

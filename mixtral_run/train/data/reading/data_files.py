@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixtral_run.config.data_sources import STANDARD_INPUT, DataSource, how_to_find
-from mixtral_run.errors import ConfigError, shortened
+from mixtral_run.errors import ConfigError, escaped, shortened
 from mixtral_run.train.data.reading.formats import CSV, JSON, JSONL, format_of, open_bytes
 from mixtral_run.train.data.reading.records import BadRecord, Record
 from mixtral_run.train.data.reading.table_records import (
@@ -34,7 +34,7 @@ _SPLITS = {
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """One file of a source, a saved dataset, or a dataset on the hub. name: how errors name it among several."""
+    """One file of a source, a saved dataset, or a dataset on the hub. name: of the file among several."""
 
     source: DataSource
     path: Path | None
@@ -173,12 +173,12 @@ def _of_split(source: DataSource, folder: Path, names: list[str], others: list[s
     notes = [f"reads the split {split}; {_left_out(left)}"] if left else []
     notes += [f"holds names that are not of files of data; {_left_out(others)}"] if others else []
     note = ", and ".join(notes) or None
-    return FoundFiles(tuple(DataFile(source, folder / name, name) for name in taken), note)
+    return FoundFiles(tuple(DataFile(source, folder / name, escaped(name)) for name in taken), note)
 
 
 def _left_out(names: list[str]) -> str:
     """Return how many files are left out, with the first names."""
-    shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+    shown = ", ".join(map(escaped, names[:5])) + (", …" if len(names) > 5 else "")
     return f"{len(names):,} {'file is' if len(names) == 1 else 'files are'} left out: {shown}"
 
 

@@ -10,6 +10,10 @@ from typing import Any
 MOST_DIGITS = 4000
 """Digits of the longest whole number that becomes an int; Python refuses 4,300, whose conversion takes long."""
 
+MOST_LEVELS = 200
+"""Objects and lists within each other that are read. Python's own limit depends on what has called the reader."""
+TOO_DEEP = f"objects or lists are nested too deeply to be read, more than {MOST_LEVELS} levels"
+
 
 class LongNumber:
     """A whole number of thousands of digits, which is of no use but under a key that is not used."""
@@ -28,25 +32,33 @@ class JsonReader:
 
     Attributes:
         twice: the first key that was there twice in the last value; None if there was none.
+        is_deep: the last value is nested too deeply.
     """
 
     def __init__(self) -> None:
         self.twice: str | None = None
+        self.is_deep = False
         self._decoder = json.JSONDecoder(object_pairs_hook=self._object, parse_int=_whole_number)
 
     def decode(self, text: str) -> Any:
         """Return the value of a text. Raises JSONDecodeError or RecursionError."""
         self.twice = None
-        return self._decoder.decode(text)
+        value = self._decoder.decode(text)
+        self.is_deep = is_too_deep(value, text)
+        return value
 
     def raw_decode(self, text: str, begin: int) -> tuple[Any, int]:
         """Return the value at a place of a text, and its end. Raises JSONDecodeError or RecursionError."""
         self.twice = None
-        return self._decoder.raw_decode(text, begin)
+        value, end = self._decoder.raw_decode(text, begin)
+        self.is_deep = is_too_deep(value, text, begin, end)
+        return value, end
 
     @property
     def problem(self) -> str | None:
-        """Return the problem of the last value, of which a part is lost; None if it is whole."""
+        """Return why the last value cannot be used, or None: a part of it is lost, or it is nested too deeply."""
+        if self.is_deep:
+            return TOO_DEEP
         if self.twice is None:
             return None
         return f"the key {self.twice[:80]!r} is there twice; one of its values would be lost"
@@ -59,11 +71,32 @@ class JsonReader:
         return found
 
 
+def read_json(text: str) -> Any:
+    """Return the value of a JSON text within a record. Raises ValueError if it is none, or nested too deeply."""
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(TOO_DEEP) from error
+    if is_too_deep(value, text):
+        raise ValueError(TOO_DEEP)
+    return value
+
+
+def is_too_deep(value: object, text: str, begin: int = 0, end: int | None = None) -> bool:
+    """Return True if a value, which was read from a part of a text, has more than MOST_LEVELS levels."""
+    if text.count("{", begin, end) + text.count("[", begin, end) <= MOST_LEVELS:
+        return False
+    level: list[Any] = [value]
+    for _ in range(MOST_LEVELS + 1):
+        level = [each for each in level if isinstance(each, (dict, list))]
+        if not level:
+            return False
+        level = [inner for each in level for inner in (each.values() if isinstance(each, dict) else each)]
+    return True
+
+
 def _whole_number(text: str) -> int | LongNumber:
     return int(text) if len(text) <= MOST_DIGITS else LongNumber(text)
-
-
-TOO_DEEP = "objects or lists are nested too deeply to be read, about 1,000 levels or more"
 
 
 def problem_of(error: json.JSONDecodeError, column: int) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from mixtral_run.config.data import AUTO, SHAPES
 from mixtral_run.train.data.reading.conversations import Turns, finish_turns, half_of_a_surrogate, read_turns
 from mixtral_run.train.data.reading.example import ASSISTANT, SYSTEM, USER, Message
-from mixtral_run.train.data.reading.json_values import unwritable_number
+from mixtral_run.train.data.reading.json_values import read_json, unwritable_number
 from mixtral_run.train.data.reading.records import json_type
 
 TEXT, MESSAGES, SHAREGPT, PROMPT, DOLLY = "text", "messages", "sharegpt", "prompt", "dolly"
@@ -274,8 +274,8 @@ def convert_tools(tools: object, found: Converted) -> None:
         if not tools.strip():
             return
         try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError):
+            tools = read_json(tools)
+        except ValueError:
             found.problems.append("'tools': expected a list, or JSON text of one; found other text")
             return
     if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, dict) for tool in tools):

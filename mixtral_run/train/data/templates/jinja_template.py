@@ -8,7 +8,6 @@ not what training shows, and the example is refused.
 
 from __future__ import annotations
 
-import json
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 from mixtral_run.train.data.reading.example import ASSISTANT, SYSTEM, Example, Message
 from mixtral_run.train.data.reading.example_problem import ExampleProblem
+from mixtral_run.train.data.reading.json_values import read_json
 from mixtral_run.train.data.templates.chat_template import ChatTemplate
 from mixtral_run.train.data.templates.template_sandbox import Rendered, SandboxedTemplate, TemplateFailed
 from mixtral_run.train.data.templates.text_encoder import TextEncoder, mapped, texts_of
@@ -235,8 +235,8 @@ def _call(call: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
         return dict(call)
     try:
-        arguments = json.loads(function["arguments"])
-    except (ValueError, RecursionError):
+        arguments = read_json(function["arguments"])
+    except ValueError:
         return dict(call)
     return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else dict(call)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from mixtral_run.train.data.reading.example import ASSISTANT, SYSTEM, TOOL, USER, Example, Message
 from mixtral_run.train.data.reading.example_problem import ExampleProblem
+from mixtral_run.train.data.reading.json_values import read_json
 from mixtral_run.train.data.templates.chat_template import MIXTRAL, ChatTemplate
 from mixtral_run.train.data.templates.text_encoder import TextEncoder
 from mixtral_run.weights.manifest.template_record import TemplateRecord
@@ -167,8 +168,8 @@ def _parsed(text: object) -> Any:
     if not isinstance(text, str):
         return text
     try:
-        return json.loads(text or "{}")
-    except (ValueError, RecursionError):
+        return read_json(text or "{}")
+    except ValueError:
         return text
 
 

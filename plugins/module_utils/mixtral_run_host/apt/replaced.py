@@ -8,9 +8,12 @@ from ..commands import run
 from . import transaction
 from .kept_files import KeptFiles, conffiles
 
-Return = namedtuple("Return", "words versions notes answer dragged")
+Return = namedtuple("Return", "words versions notes answer dragged changed")
 """How packages come back. words: of `apt-get install`. versions: by name. notes: sentences on versions that the archive no
-longer has. answer: of the simulation. dragged: all packages that the installation would remove."""
+longer has. answer: of the simulation. dragged, changed: all packages that the installation would
+remove, and those of which it would install another version."""
+INSTALLED = Return([], {}, [], None, [], {})
+"""All packages are there again. What `put_back` does after their installation is left."""
 _OPTIONS = ["--no-install-recommends", "--allow-downgrades", "--allow-change-held-packages"]
 
 
@@ -35,6 +38,8 @@ class Replaced:
             return
         automatic, offered = apt.automatic(gone), apt.offered(gone)
         values = self._record.values.setdefault(self._key, {"packages": {}})
+        # An earlier run was cut off after it had removed some of them: the services are no longer as they were.
+        is_continued = any(not installed.get(name) for name in values["packages"])
         for name in gone:
             values["packages"][name] = {
                 "version": installed[name],
@@ -42,7 +47,13 @@ class Replaced:
                 "held": name in held,
                 "offered": name in offered,
             }
-        values["units"] = {unit: [_ask("is-enabled", unit), _ask("is-active", unit)] for unit in self._units}
+        if not is_continued:
+            values["units"] = {unit: [_ask("is-enabled", unit), _ask("is-active", unit)] for unit in self._units}
+
+    @property
+    def is_returning(self):
+        """Return True if an earlier run began to install the packages again, and did not come to its end."""
+        return self._record.values.get(self._key, {}).get("returning", False)
 
     def missing(self, installed):
         """Return {name: version} of the recorded packages that are not installed."""
@@ -71,21 +82,28 @@ class Replaced:
         notes = [said.format(name, missing[name], versions[name] or "the archive's version") for name in other]
         said = "{} {} does not come back: it came from no archive of this host when it was replaced"
         notes += [said.format(name, missing[name] or "") for name in lost]
-        return Return(_OPTIONS + words, versions, notes, answer, [] if answer.code else simulated.removed)
+        dragged, changed = ([], {}) if answer.code else (simulated.removed, simulated.changed)
+        return Return(_OPTIONS + words, versions, notes, answer, dragged, changed)
 
     def put_back(self, apt, plan):
-        """Install the packages of a plan, with their files. Return the answer of apt-get.
+        """Install the packages of a plan, with their files, marks and services. Return the answer of apt-get.
 
         The files are there before the packages, which leave a file of the host as it is.
         """
+        self._record.values[self._key]["returning"] = True
+        self._record.save()  # a run that goes on from here also does what comes after the installation
         self.kept.restore()
         answer = apt.run(["install"] + plan.words) if plan.versions else None
-        if answer is None or answer.code:
+        if answer is not None and answer.code:
             return answer
         self.kept.restore()
-        packages = self._record.values[self._key]["packages"]
+        packages, installed = self._record.values[self._key]["packages"], transaction.packages()[0]
+        # Those that an earlier run has installed, too.
+        back = [name for name in sorted(packages) if installed.get(name)]
+        if not back:
+            return answer
         for verb, key in (("auto", "automatic"), ("hold", "held")):
-            names = [name for name in plan.versions if packages[name][key]]
+            names = [name for name in back if packages[name][key]]
             if names:
                 apt.mark(verb, names)
         for unit, (enabled, active) in sorted(self._record.values[self._key].get("units", {}).items(), reverse=True):

@@ -151,3 +151,11 @@ def test_a_token_is_written_without_what_editors_add_or_refused(tmp_path: Path, 
     assert file.read_text() == written and result["changed"]
     assert not call_module(FOLDERS, tmp_path / "records", secret=text, **settings)["changed"]
     assert call_module(FOLDERS, tmp_path / "records", secret="hf_other", **settings)["changed"]
+
+
+def test_a_program_that_this_user_may_not_run_counts_as_missing(tmp_path: Path) -> None:
+    """Root may run a program only if somebody may; another user also meets folders of PATH that are closed."""
+    (tmp_path / "odd-program").write_text("#!/bin/sh\n")
+    (tmp_path / "odd-program").chmod(0o644)
+    found = commands.run(["odd-program"], environment={"PATH": f"{tmp_path}:/usr/bin"})
+    assert found == (127, "", "odd-program: not installed, or this user may not run it")

@@ -38,6 +38,8 @@ ROLES = ("docker", "hf_cache", "swap")
         # The prefix itself is misspelled.
         ("dockr_users", "docker_users", True),
         ("hfcache_home", "hf_cache_home", True),
+        ("Docker_Users", "docker_users", True),
+        ("SWAP_PATH", "swap_path", True),
         # Those of other roles are like each other only by their prefix.
         ("docker_compose_version", "", False),
         ("swap_file_size_mb", "", False),
@@ -49,6 +51,13 @@ def test_a_misspelling_is_told_from_a_variable_of_another_role(name: str, like: 
     assert (found.name, found.like, found.is_misspelled) == (name, like, is_misspelled)
     assert NAMES.unused_names([name], (), KNOWN, ROLES, [f"{{{{ {name} | default }}}}", "{{ mixtral_spread }}"]) == []
     assert NAMES.unused_names([name], (), KNOWN, ROLES, [f"{name} in text", "{{ mixtral_spread }}"])
+
+
+@pytest.mark.parametrize("name", ["docker-users", "docker.users", "hf-cache-home", "Docker-Daemon-Settings"])
+def test_a_name_that_no_template_can_use_is_a_misspelling(name: str) -> None:
+    """Ansible keeps such names of an inventory without a word."""
+    (found,) = NAMES.unused_names([name], (), KNOWN, ROLES, [])
+    assert (found.like, found.is_misspelled) == (name.lower().replace("-", "_").replace(".", "_"), True)
 
 
 def test_other_names_count_only_if_they_were_given_for_this_run() -> None:
@@ -113,3 +122,27 @@ def test_a_plain_play_refuses_the_host_and_names_the_file(tmp_path: Path, words:
     assert "docker_compose_version (group_vars/all.yml:1): no role" not in shown
     # Without the task, nobody would have looked at the variables: no host begins.
     assert shown.count("it began") == (0 if words else 1)
+
+
+@pytest.mark.parametrize(
+    ("variables", "refused"),
+    [
+        ("8080: a\non: b\nmixtral_own_variables:\n", ""),
+        ("mixtral_own_variables: docker_user, hf_cache_hom\ndocker_user: a\n", ""),
+        ("mixtral_own_variables: 5\n", "mixtral_own_variables: expected a list of names; found 5"),
+        (
+            "mixtral_own_variables: {docker_user: a}\ndocker_user: a\n",
+            "mixtral_own_variables: expected a list of names",
+        ),
+    ],
+)
+def test_keys_that_are_no_names_stop_no_host(tmp_path: Path, variables: str, refused: str) -> None:
+    (tmp_path / "group_vars").mkdir()
+    (tmp_path / "group_vars/all.yml").write_text(variables)
+    (tmp_path / "hosts").write_text(f"a ansible_connection=local ansible_python_interpreter={sys.executable}\n")
+    (tmp_path / "play.yml").write_text(PLAY.replace("ROOT", str(ROOT)))
+    environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1", "COLUMNS": "900"}
+    argv = [Path(sys.executable).parent / "ansible-playbook", "-i", "hosts", "play.yml"]
+    done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == (2 if refused else 0), done.stdout + done.stderr
+    assert refused in done.stdout and "Task failed: '" not in done.stdout

@@ -16,10 +16,10 @@ from click.testing import CliRunner
 
 from mixtral_run.cli.main import root
 from mixtral_run.config.data import CheckConfig
-from mixtral_run.errors import ConfigError
+from mixtral_run.errors import ConfigError, escaped
 from mixtral_run.train.data.check.check import CheckResult, check_data
 from mixtral_run.train.data.check.check_encoding import load_encoding
-from mixtral_run.train.data.check.check_screen import check_lines, colored, printable
+from mixtral_run.train.data.check.check_screen import check_lines, colored
 from mixtral_run.train.data.check.length_advice import advise, histogram
 
 ROOT = Path(__file__).parents[4]
@@ -191,7 +191,7 @@ def test_color_and_control_characters(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "assistant: \x1b[32mb\x1b[0m" in "\n".join(check_lines(result, color=True))
     plain = "\n".join(check_lines(result, color=False))
     assert "\x1b" not in plain and "a\\x1b[2J\\u202e" in plain and "⟦b⟧" in plain
-    assert printable("日本\u3000é\tx\n🙂") == "日本\u3000é\tx\n🙂"
+    assert escaped("日本\u3000é\tx\n🙂") == "日本\u3000é\tx\n🙂"
 
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

@@ -299,3 +299,18 @@ def test_preferences_are_sent_to_align(tmp_path: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         read_examples([str(file)], ReadOptions()).check()
     assert caught.value.next_command == "mixtral-run align --method dpo …, which learns from preferences"
+
+
+def test_a_conversation_of_many_turns_is_decoded_in_a_time_that_grows_with_its_length() -> None:
+    decoded = 0
+
+    def decode(tokens: list[int]) -> str:
+        nonlocal decoded
+        decoded += len(tokens)
+        return "".join(f" {token}" for token in tokens).lstrip(" ")
+
+    tokens = list(range(9_000))
+    spans = [(begin, begin + 3) for begin in range(0, len(tokens), 6)]
+    found = rendering.rendered_tokens("p", tokens, spans, decode)
+    assert "".join(part.text for part in found.parts) == "".join(f" {token}" for token in tokens).lstrip(" ")
+    assert decoded < 100 * len(tokens)

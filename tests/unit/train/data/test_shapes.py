@@ -174,6 +174,10 @@ IN_TURN = "'messages': expected the user and the assistant in turn, with an answ
         (messages((U, "a"), (A, 3)), ["message 2: 'content': expected text; found a number"]),
         (messages((U, [{"type": "image_url", "image_url": "x"}]), (A, "b")), [
             "message 1: 'content': expected parts of the type 'text'; found \"image_url\""]),
+        ({"messages": [
+            {"role": U, "content": [{"type": "text", "text": 7}]}, {"role": A, "content": [{"type": "text"}]}]},
+         ["message 1: 'content': expected text under 'text' of each part; found a number",
+          "message 2: 'content': expected text under 'text' of each part; found nothing"]),
         ({"messages": [{"role": U, "content": "a"}, {"role": A, "content": "b", "weight": 0.5}]}, [
             "message 2: 'weight': expected 0 or 1; found 0.5"]),
         ({"messages": [{"role": U, "content": "a"}, {"role": A, "content": "b", "weight": "0"}]}, [

@@ -14,6 +14,7 @@ from mixtral_run.config.data_sources import how_to_find, near_names
 from mixtral_run.errors import ConfigError
 from mixtral_run.train.data.cache import cached_examples
 from mixtral_run.train.data.cache.cached_examples import ExampleCaches
+from mixtral_run.train.data.reading.examples import ReadOptions, read_examples
 from mixtral_run.train.data.reading.preferences import convert_preference
 
 LINE = '{"instruction": "a", "response": "b"}\n'
@@ -85,3 +86,17 @@ def test_the_token_cache_is_named_without_dots(tmp_path: Path, monkeypatch: pyte
     base: Any = SimpleNamespace(tokenizer=tmp_path)
     caches = ExampleCaches(config, base, report=None, verify=False)  # type: ignore[arg-type]
     assert caches._folder.path == tmp_path / "cache"
+
+
+def test_names_of_files_in_a_folder_cannot_change_the_terminal(tmp_path: Path) -> None:
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    for name, text in (("a\x1b[2J\udcff.jsonl", "{}\n"), ("b\x1b[2J.jsonl", ""), ("c.jsonl", '{"text": "x"}\n')):
+        (folder / name).write_text(text)
+    (folder / "d\x1b[2J.bin").touch()
+    stream = read_examples([str(folder)], ReadOptions(skip_bad_examples=True))
+    assert [example.text for example in stream] == ["x"]
+    said = "\n".join(stream.remarks())
+    assert "\x1b" not in said and "\udcff" not in said
+    for name in ("a\\x1b[2J\\udcff.jsonl", "b\\x1b[2J.jsonl", "d\\x1b[2J.bin"):
+        assert name in said

@@ -81,7 +81,6 @@ def test_calls_and_what_is_wrong_about_them() -> None:
         ([{"text": "a"}], "a"),
         ([{"type": "audio", "text": "a"}], None),
         ([{"type": "video", "text": "a"}], None),
-        ([{"type": "text", "text": 3}], None),
         ([3], None),
         (("a", "b"), "ab"),
     ],
