@@ -26,6 +26,8 @@ OF_THE_PLAYBOOKS = frozenset(
     )
 )
 """Variables that the playbooks and modules of the kit read or set, apart from those of the roles."""
+OF_KNOWN_ROLES = frozenset(("docker_package", "nvidia_driver_persistence_mode_on"))
+"""Variables of geerlingguy.docker and nvidia.nvidia_driver that are like settings of the kit. Only a warning names them."""
 NEAR_REST, NEAR_WHOLE = 0.8, 0.92
 """Least similarity of a misspelling: after the prefix of its role, and of a whole name without such a prefix."""
 LIKE = 0.7
@@ -62,7 +64,7 @@ def unused_names(
         prefix = _prefix(name, roles)
         like, is_near = _nearest(name, prefix, known)
         if is_near or prefix or name in extra:
-            found.append(UnusedName(name, like, is_near))
+            found.append(UnusedName(name, like, is_near and name not in OF_KNOWN_ROLES))
     return found
 
 

@@ -24,6 +24,19 @@ KNOWN = {
     "swap_path",
 }
 ROLES = ("docker", "hf_cache", "swap")
+OF_WELL_KNOWN_ROLES = """
+docker_edition docker_packages_state docker_obsolete_packages docker_service_manage docker_service_state
+docker_service_enabled docker_restart_handler_state docker_install_compose docker_install_compose_plugin
+docker_compose_package docker_compose_version docker_compose_arch docker_compose_url docker_compose_path
+docker_add_repo docker_repo_url docker_apt_release_channel docker_apt_ansible_distribution docker_apt_arch
+docker_apt_repository docker_apt_ignore_key_error docker_apt_gpg_key docker_apt_filename docker_yum_repo_url
+docker_yum_gpg_key docker_daemon_options docker_package docker_package_state
+nvidia_driver_branch nvidia_driver_package_state nvidia_driver_package_version nvidia_driver_skip_reboot
+nvidia_driver_persistence_mode_on nvidia_driver_module_file nvidia_driver_module_params
+nvidia_driver_add_repos nvidia_driver_ubuntu_install_from_cuda_repo nvidia_driver_ubuntu_branch
+nvidia_driver_ubuntu_cuda_repo_baseurl nvidia_driver_ubuntu_packages nvidia_driver_rhel_cuda_repo_gpgkey
+"""
+"""Variables of geerlingguy.docker 7 and nvidia.nvidia_driver 2."""
 
 
 @pytest.mark.parametrize(
@@ -58,6 +71,17 @@ def test_a_name_that_no_template_can_use_is_a_misspelling(name: str) -> None:
     """Ansible keeps such names of an inventory without a word."""
     (found,) = NAMES.unused_names([name], (), KNOWN, ROLES, [])
     assert (found.like, found.is_misspelled) == (name.lower().replace("-", "_").replace(".", "_"), True)
+
+
+def test_variables_of_well_known_roles_are_warned_of_only() -> None:
+    """One inventory may serve them and the kit."""
+    names = OF_WELL_KNOWN_ROLES.split()
+    files = sorted(ROOT.glob("roles/*/meta/argument_specs.yml"))
+    specs = {file.parts[-3]: yaml.safe_load(file.read_text())["argument_specs"]["main"]["options"] for file in files}
+    known = {name for options in specs.values() for name in options}
+    unused = NAMES.unused_names(names, (), known, tuple(specs), [])
+    assert [each.name for each in unused if each.is_misspelled] == []
+    assert set(names) - known == {each.name for each in unused}
 
 
 def test_other_names_count_only_if_they_were_given_for_this_run() -> None:
