@@ -27,7 +27,7 @@ OF_THE_PLAYBOOKS = frozenset(
 )
 """Variables that the playbooks and modules of the kit read or set, apart from those of the roles."""
 OF_KNOWN_ROLES = frozenset(("docker_package", "nvidia_driver_persistence_mode_on"))
-"""Variables of geerlingguy.docker and nvidia.nvidia_driver that are like settings of the kit. Only a warning names them."""
+"""Variables of geerlingguy.docker and nvidia.nvidia_driver that are like settings of the kit: a warning names them."""
 NEAR_REST, NEAR_WHOLE = 0.8, 0.92
 """Least similarity of a misspelling: after the prefix of its role, and of a whole name without such a prefix."""
 LIKE = 0.7
