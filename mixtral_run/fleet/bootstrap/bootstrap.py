@@ -37,7 +37,7 @@ CANCEL_SECONDS = 1.0
 DEFAULT_FORKS = 50
 KEEP_CONNECTION = ("-o", "ControlMaster=auto", "-o", "ControlPersist=300s", "-o", "ServerAliveCountMax=8")
 """The same options as in ansible.cfg for manual plays. They come first: ssh uses the first value of an option."""
-ROLE_OF_SECRETS = "hf_cache"
+ROLE_OF_SECRETS = ROLE_OF_FOLDERS = "hf_cache"
 RETRY_COMMAND = "mixtral-run bootstrap --retry"
 
 
@@ -163,7 +163,7 @@ def _set_up(
     )
     notices = [progress.unreachable(host.inventory_name, str(problem)) for host, problem in problems.items() if problem]
     reachable = tuple(host for host in hosts if problems[host] is None)
-    remember_hosts(reachable if request.check else _with_folders(reachable, request.extra_vars))
+    remember_hosts(_with_folders(reachable, request.extra_vars) if _sets_folders(request) else reachable)
     end, interrupted = None, False
     # --check changes nothing.
     with hold_locks(ssh, () if request.check else reachable, "mixtral-run bootstrap") as locks:
@@ -219,6 +219,11 @@ def _check_request(request: BootstrapRequest) -> None:
         problems.append(f"--forks: expected at least 1; found {request.forks}")
     if problems:
         raise ConfigError(SETTINGS_ERROR, problems=problems)
+
+
+def _sets_folders(request: BootstrapRequest) -> bool:
+    """Return True if the role runs that creates the folders of jobs."""
+    return not request.check and (not request.tags or ROLE_OF_FOLDERS in request.tags)
 
 
 def _with_folders(hosts: Sequence[Host], extra_vars: Sequence[str]) -> list[Host]:

@@ -99,3 +99,11 @@ def test_the_folder_of_the_example_inventory_is_known() -> None:
     assert Host("gpu-01", "gpu-01").with_folders(variables).checkpoints_folder == DEFAULT_FOLDERS.checkpoints
     changed = variables | {"mixtral_checkpoint_folder": "/data/checkpoints"}
     assert Host("gpu-01", "gpu-01").with_folders(changed).checkpoints_folder == "/data/checkpoints"
+
+
+@pytest.mark.parametrize(
+    ("words", "is_recorded"),
+    [({}, True), ({"tags": ("hf_cache", "image")}, True), ({"tags": ("image",)}, False), ({"check": True}, False)],
+)
+def test_only_a_bootstrap_that_runs_the_role_records_folders(words: dict[str, Any], is_recorded: bool) -> None:
+    assert bootstrap._sets_folders(bootstrap.BootstrapRequest(hosts=("gpu-01",), **words)) is is_recorded
