@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from mixtral_run.config.data import AUTO_TEMPLATE
 from mixtral_run.config.verbs.generate import InferenceConfig
 from mixtral_run.errors import ConfigError
 from mixtral_run.model.mixtral import MixtralModel
@@ -16,7 +17,7 @@ from mixtral_run.model.parallel.mesh import Mesh
 from mixtral_run.model.without_adapters import without_adapters
 from mixtral_run.terminal.report import Report
 from mixtral_run.train.data.templates.chat_template import ChatTemplate
-from mixtral_run.train.data.templates.open_template import open_chat_template, template_of_adapter
+from mixtral_run.train.data.templates.open_template import open_chat_template, own_template, template_of_adapter
 from mixtral_run.train.data.templates.prompt import check_token_ids, load_tokenizer
 from mixtral_run.train.load_model import load_for_inference
 from mixtral_run.train.model_limits import length_problems
@@ -73,12 +74,23 @@ def open_session(config: InferenceConfig) -> Session:
     if adapter is not None:
         check_adapter_fits(adapter, base)
     tokenizer = load_tokenizer(base.tokenizer)
-    template, warnings = (
-        (open_chat_template(config.chat_template, tokenizer), [])
-        if adapter is None or config.adapter is None
-        else template_of_adapter(config.chat_template, adapter.chat_template, tokenizer, config.adapter)
-    )
+    template, warnings = _template(config, adapter, tokenizer)
     return Session(base, adapter, tokenizer, template, tuple(warnings))
+
+
+def _template(
+    config: InferenceConfig, adapter: AdapterDescription | None, tokenizer: PreTrainedTokenizerBase
+) -> tuple[ChatTemplate, list[str]]:
+    """Return the chat template, and what differs from the adapter's training."""
+    if adapter is None or config.adapter is None:
+        return open_chat_template(config.chat_template, tokenizer), []
+    recorded, choice = adapter.chat_template, config.chat_template
+    # What PEFT saved without the kit says nothing of a template, or has the files of the base's tokenizer.
+    if isinstance(adapter, PeftDescription) and (
+        recorded is None or (choice == AUTO_TEMPLATE and recorded == own_template(tokenizer))
+    ):
+        return open_chat_template(choice, tokenizer), []
+    return template_of_adapter(choice, recorded, tokenizer, config.adapter)
 
 
 def models_of(session: Session) -> tuple[str, ...]:

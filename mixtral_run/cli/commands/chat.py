@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import click
 
 from mixtral_run.cli.command import VerbCommand
@@ -11,6 +13,7 @@ from mixtral_run.launch.imports import importing
 from mixtral_run.launch.processes import is_worker
 from mixtral_run.launch.run_job import run_job
 from mixtral_run.launch.terminal import lend_terminal
+from mixtral_run.terminal.report import Report
 from mixtral_run.train.jobs import CHAT
 
 
@@ -24,6 +27,9 @@ from mixtral_run.train.jobs import CHAT
 @config_options(ChatConfig)
 def chat(config: ChatConfig) -> None:
     """Talk with a base model in a terminal. /help lists the commands; Ctrl-C stops an answer, Ctrl-D ends."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        # Standard output has the answers only.
+        Report.on_stderr()
     with importing():
         from mixtral_run.planner.available import ask_ahead
 

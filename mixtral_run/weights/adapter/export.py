@@ -295,4 +295,8 @@ def _write_record(config: ExportConfig, adapters: AdapterSum, folder: Path) -> N
     }
     if config.format == "peft-fused" and not config.merge:
         values["peft"] = {"version": f">={FUSED_PEFT_VERSION}", "axis_order": FUSED_AXIS_ORDER}
+    template = adapters.first.manifest.chat_template
+    if template is not None and not config.merge:
+        # The form of Mixtral-Instruct is in no file, and the tokenizer may have another template.
+        values["chat_template"] = template.to_mapping()
     write_manifest(folder, "hf" if config.merge else "peft", **values)

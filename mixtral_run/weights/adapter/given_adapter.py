@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from mixtral_run.weights.hf.pytorch_bin import read_bin_files
 from mixtral_run.weights.hf.safetensors_files import TensorEntry, read_header
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST
 from mixtral_run.weights.manifest.describe import AdapterDescription, describe_adapter
-from mixtral_run.weights.manifest.manifest import UNKNOWN_FINGERPRINT
+from mixtral_run.weights.manifest.manifest import MANIFEST_NAME, UNKNOWN_FINGERPRINT
+from mixtral_run.weights.manifest.template_record import TemplateRecord
 
 SAFETENSORS, BIN = "adapter_model.safetensors", "adapter_model.bin"
 
@@ -50,8 +52,25 @@ def describe_given_adapter(folder: Path, architecture: MixtralArchitecture) -> A
     lora = LoraSettings(factors.rank, factors.scale * factors.rank, 0.0, factors.target_modules)
     name = config.get("base_model_name_or_path")
     return PeftDescription(
-        folder, 0, lora, UNKNOWN_FINGERPRINT, {}, None, factors, name if isinstance(name, str) else None
-    )
+        folder, 0, lora, UNKNOWN_FINGERPRINT, {}, None, factors, name if isinstance(name, str) else None,
+        chat_template=_chat_template(folder),
+    )  # fmt: skip
+
+
+def _chat_template(folder: Path) -> TemplateRecord | None:
+    """Return the template that `export` recorded, else that of the tokenizer in a directory of PEFT.
+
+    None if there is neither. Raises WeightsError if it cannot be read.
+    """
+    try:
+        if (folder / MANIFEST_NAME).is_file():
+            values = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+            recorded = TemplateRecord.parse(values.get("chat_template")) if isinstance(values, dict) else None
+            if recorded is not None:
+                return recorded
+        return TemplateRecord.read(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unusable(folder, [f"its chat template cannot be read: {error}"]) from error
 
 
 def _entries(folder: Path) -> dict[str, TensorEntry]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -256,7 +257,7 @@ class Staging:
             "The note of an interrupted move is damaged: it is not known which files were moved.",
             where=str(note),
             expected="the names of files in this folder",
-            next_command=f"rm -r {self.folder}, then the same command with --overwrite",
+            next_command=f"rm -r {shlex.quote(str(self.folder))}, then the same command with --overwrite",
         )
 
 

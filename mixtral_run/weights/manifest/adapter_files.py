@@ -6,6 +6,7 @@ CRC-32 finds every flipped bit and every damaged block; it is no protection agai
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -97,8 +98,9 @@ def marker_problems(folder: Path, used: Path) -> list[str]:
         return []
     last = max(newer, key=iteration_of)
     return [
-        f"{LATEST}: names iteration {named}, but {last.name} is newer: echo {iteration_of(last)} > {folder / LATEST} "
-        f"uses that one, rm -r {last} goes back to {named}"
+        f"{LATEST}: names iteration {named}, but {last.name} is newer: echo {iteration_of(last)} > "
+        f"{shlex.quote(str(folder / LATEST))} "
+        f"uses that one, rm -r {shlex.quote(str(last))} goes back to {named}"
     ]
 
 

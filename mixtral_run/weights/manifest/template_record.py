@@ -10,6 +10,10 @@ from pathlib import Path
 
 from mixtral_run.weights.hf.tokenizer_files import CHAT_TEMPLATE, MORE_TEMPLATES
 
+OF_TOKENIZER = "tokenizer"
+"""Name of a tokenizer's own template."""
+_TOOL_USE, _TOKENIZER_CONFIG = "tool_use.jinja", "tokenizer_config.json"
+
 
 @dataclass(frozen=True)
 class TemplateRecord:
@@ -63,4 +67,32 @@ class TemplateRecord:
         (folder / CHAT_TEMPLATE).write_text(self.text, encoding="utf-8")
         if self.tools_text is not None:
             (folder / MORE_TEMPLATES).mkdir(exist_ok=True)
-            (folder / MORE_TEMPLATES / "tool_use.jinja").write_text(self.tools_text, encoding="utf-8")
+            (folder / MORE_TEMPLATES / _TOOL_USE).write_text(self.tools_text, encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> TemplateRecord | None:
+        """Return the template next to a tokenizer's files, as Transformers finds it; None if there is none.
+
+        Raises OSError if a file cannot be read, ValueError if it is not what Transformers writes.
+        """
+        if (folder / CHAT_TEMPLATE).is_file():
+            tools = folder / MORE_TEMPLATES / _TOOL_USE
+            tools_text = tools.read_text(encoding="utf-8") if tools.is_file() else None
+            return cls(OF_TOKENIZER, (folder / CHAT_TEMPLATE).read_text(encoding="utf-8"), tools_text)
+        if not (folder / _TOKENIZER_CONFIG).is_file():
+            return None
+        values = json.loads((folder / _TOKENIZER_CONFIG).read_text(encoding="utf-8"))
+        own = values.get("chat_template") if isinstance(values, Mapping) else None
+        if isinstance(own, list):
+            own = {each["name"]: each["template"] for each in own if isinstance(each, Mapping) and len(each) == 2}
+        texts = own if isinstance(own, Mapping) else {"default": own}
+        return cls.parse_texts(texts.get("default"), texts.get("tool_use"))
+
+    @classmethod
+    def parse_texts(cls, text: object, tools_text: object) -> TemplateRecord | None:
+        """Return the record of a tokenizer's own template; None without one. Raises ValueError if it is no text."""
+        if text is None:
+            return None
+        if not isinstance(text, str) or not isinstance(tools_text, str | None):
+            raise ValueError("the chat template is no text")
+        return cls(OF_TOKENIZER, text, tools_text)

@@ -65,7 +65,7 @@ def verify(config: VerifyConfig, report: Report | None = None) -> VerifyResult:
     if config.proof and not _is_trained(config.load):
         _check_files(config.load)
     checkpoint = open_checkpoint(config.load)
-    has_sums = isinstance(checkpoint.manifest, TrainedManifest)
+    has_sums = isinstance(checkpoint.manifest, TrainedManifest | AdapterManifest)
     if checkpoint.kind == "adapter" or (has_sums and config.proof):
         _check_adapter(checkpoint, report)
     with Reader(checkpoint.iteration_folder) as reader:
@@ -99,9 +99,9 @@ def verify(config: VerifyConfig, report: Report | None = None) -> VerifyResult:
 
 
 def _is_trained(load: Path) -> bool:
-    """Return True if full fine-tuning saved the checkpoint: its manifest has the checksums, in place of a proof."""
+    """Return True if training saved the checkpoint: its manifest has the checksums, in place of a proof."""
     manifest = iteration_folder_of(load) / MANIFEST_NAME
-    return manifest.is_file() and is_kind(manifest.parent, *BaseManifest.KINDS)
+    return manifest.is_file() and is_kind(manifest.parent, *BaseManifest.KINDS, *AdapterManifest.KINDS)
 
 
 def _check_files(load: Path) -> None:

@@ -1,6 +1,7 @@
 """`chat` in a terminal: two ranks on gloo, answers as HF's greedy ones, Ctrl-C and Ctrl-D."""
 
 import re
+import subprocess
 import sys
 
 import pexpect
@@ -64,3 +65,15 @@ def test_a_conversation_in_a_terminal(adapted: Adapted) -> None:
     child.expect(pexpect.EOF)
     child.close()
     assert (child.exitstatus, child.signalstatus) == (0, None)
+
+
+def test_answers_to_lines_of_a_pipe_are_all_that_standard_output_has(adapted: Adapted) -> None:
+    words = ["-m", "mixtral_run", "chat", "--load", str(adapted.base), "--adapter", str(adapted.adapter), "--device",
+             "cpu", "--max-new-tokens", str(COUNT), "--nproc-per-node", "1"]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, *words], input=b"Hi\n", env=environment_of(PYTHONUTF8="1"), capture_output=True,
+        check=False, timeout=90,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert said(done.stdout.decode().strip()) == said(adapted.merged.greedy(rendered([("Hi", None)]), COUNT).strip())
+    assert "Chat template: " in done.stderr.decode() and "Loaded " in done.stderr.decode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,17 @@ import pytest
 import yaml
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from mixtral_run.config.verbs.weights import ExportConfig
-from mixtral_run.errors import ConfigError, WeightsError
+from mixtral_run.config.verbs.generate import GenerateConfig
+from mixtral_run.config.verbs.weights import ExportConfig, VerifyConfig
+from mixtral_run.errors import CheckFailed, ConfigError, WeightsError
+from mixtral_run.inference.session import open_session
 from mixtral_run.terminal.report import Report
 from mixtral_run.weights.adapter.export import export
 from mixtral_run.weights.manifest.manifest import read_values
+from mixtral_run.weights.manifest.template_record import TemplateRecord
+from mixtral_run.weights.verify.verify import verify
 from tests.multiprocess.talking.conftest import Adapted
+from tests.unit.train.data.templates.test_jinja_template import MARKED
 
 NAME = "mistralai/Mixtral-8x7B-v0.1"
 TRAINING = {"lr": 1e-4, "train_iters": 10, "seq_length": 64, "data_path": ["/secret/data.jsonl"], "save": "/secret/out"}
@@ -86,6 +92,56 @@ def test_peft_still_loads_it(adapted: Adapted, adapter: Path, tmp_path: Path) ->
     tokens = torch.tensor([[1, 5, 9, 30, 77]])
     with torch.inference_mode():
         assert (model(tokens).logits - adapted.merged.model(tokens).logits).abs().max() < 1e-4
+
+
+def with_template(adapter: Path, record: TemplateRecord | None) -> Path:
+    file = adapter / "iter_0000010" / "mixtral_run.json"
+    values = json.loads(file.read_text()) | {"chat_template": None if record is None else record.to_mapping()}
+    file.write_text(json.dumps(values))
+    return adapter
+
+
+@pytest.mark.parametrize("layout", ["peft", "vllm", "peft-fused"])
+@pytest.mark.parametrize("record", [TemplateRecord("own.jinja", MARKED), TemplateRecord("mixtral")])
+def test_an_exported_adapter_keeps_its_chat_template(
+    adapted: Adapted, adapter: Path, tmp_path: Path, record: TemplateRecord, layout: str
+) -> None:
+    """Also if the tokenizer next to it has another one."""
+    (adapter / "tokenizer" / "chat_template.jinja").write_text("{{ 'other' }}")
+    folder = exported(with_template(adapter, record), tmp_path / "peft", format=layout)
+    for given in (folder, adapter):
+        session = open_session(GenerateConfig(load=adapted.base, adapter=given, prompt=("a",)))
+        assert session.template.record == record and session.warnings == ()
+
+
+def test_an_adapter_of_another_program_has_the_template_of_its_files(
+    adapted: Adapted, adapter: Path, tmp_path: Path
+) -> None:
+    """Without a file it is that of the base's tokenizer."""
+    folder = exported(adapter, tmp_path / "peft")
+    (folder / "mixtral_run.json").unlink()
+    config = GenerateConfig(load=adapted.base, adapter=folder, prompt=("a",))
+    base = open_session(replace(config, adapter=None)).template.record
+    assert open_session(config).template.record == base and open_session(config).warnings == ()
+    (folder / "chat_template.jinja").write_text(MARKED)
+    session = open_session(config)
+    assert session.template.record == TemplateRecord("tokenizer", MARKED)
+    assert len(session.warnings) == 1 and "the adapter's is used" in session.warnings[0]
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(WeightsError, match="chat template cannot be read"):
+        open_session(config)
+
+
+def test_the_proof_of_an_adapter_is_its_checksums(adapted: Adapted, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(adapted.adapter, folder)
+    assert verify(VerifyConfig(load=folder, proof=True), Report.silent()).problems == ()
+    file = next(folder.glob("iter_*/*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckFailed, match=file.name):
+        verify(VerifyConfig(load=folder, proof=True), Report.silent())
 
 
 class _Hub:

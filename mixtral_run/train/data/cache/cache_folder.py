@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import socket
 import stat
@@ -162,7 +163,7 @@ class CacheFolder:
         total = sum(sizes.values())
         report.say(
             f"Token cache: {_size(sizes.get(newest, 0))} in {newest}; all {len(sizes)} there take {_size(total)} of at "
-            f"most {_size(self.most_bytes)} (--data-cache-gib); `rm -r {self.path}` removes all"
+            f"most {_size(self.most_bytes)} (--data-cache-gib); `rm -r {shlex.quote(str(self.path))}` removes all"
         )
         if removed:
             report.say(f"  {_size(removed)} of caches that were not used for the longest time were removed")

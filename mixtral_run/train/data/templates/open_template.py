@@ -13,13 +13,12 @@ from mixtral_run.train.data.templates.jinja_template import JinjaTemplate
 from mixtral_run.train.data.templates.mixtral_form import MixtralForm
 from mixtral_run.train.data.templates.template_sandbox import SandboxedTemplate, TemplateFailed
 from mixtral_run.train.data.templates.text_encoder import TextEncoder
-from mixtral_run.weights.manifest.template_record import TemplateRecord
+from mixtral_run.weights.manifest.template_record import OF_TOKENIZER, TemplateRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FLAG = "--chat-template"
-OF_TOKENIZER = "tokenizer"
 _DEFAULT, _TOOLS = "default", "tool_use"
 """Names that Transformers gives a tokenizer's templates."""
 
@@ -39,7 +38,7 @@ def open_chat_template(choice: str, tokenizer: PreTrainedTokenizerBase) -> ChatT
         return template_of(TemplateRecord(MIXTRAL_TEMPLATE), tokenizer)
     if choice != AUTO_TEMPLATE:
         return template_of(TemplateRecord(Path(choice).name, _read(Path(choice))), tokenizer, f"{FLAG} {choice}")
-    record = _own_record(tokenizer)
+    record = own_template(tokenizer)
     if record is None:
         return template_of(TemplateRecord(MIXTRAL_TEMPLATE), tokenizer)
     if "[INST]" in (record.text or ""):
@@ -103,7 +102,7 @@ def _place(tokenizer: PreTrainedTokenizerBase) -> str:
     return f"chat template of {tokenizer.name_or_path}"
 
 
-def _own_record(tokenizer: PreTrainedTokenizerBase) -> TemplateRecord | None:
+def own_template(tokenizer: PreTrainedTokenizerBase) -> TemplateRecord | None:
     """Return the tokenizer's own template, None if it has none."""
     own = tokenizer.chat_template
     if not own:

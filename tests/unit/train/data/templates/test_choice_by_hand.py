@@ -117,7 +117,7 @@ def test_templates_of_a_tokenizer(llama_like_tokenizer: Any) -> None:
         ({"x": "t", "default": "u"}, TemplateRecord("tokenizer", "u")),
         ({"tool_use": "t", "default": "u", "x": "v"}, TemplateRecord("tokenizer", "u", "t")),
     ):  # fmt: skip
-        assert open_template._own_record(with_template(llama_like_tokenizer, given)) == expected
+        assert open_template.own_template(with_template(llama_like_tokenizer, given)) == expected
 
 
 def test_why_a_file_cannot_be_read(tmp_path: Path) -> None:
