@@ -26,6 +26,7 @@ from mixtral_run.weights.manifest.adapter_files import check_adapter
 from mixtral_run.weights.manifest.checkpoint_folder import (
     LATEST,
     Checkpoint,
+    files_manifest_of,
     iteration_folder_of,
     newest_iteration,
     open_checkpoint,
@@ -66,6 +67,12 @@ def verify(config: VerifyConfig, report: Report | None = None) -> VerifyResult:
         _check_files(config.load)
     checkpoint = open_checkpoint(config.load)
     has_sums = isinstance(checkpoint.manifest, TrainedManifest | AdapterManifest)
+    if has_sums and config.proof and not files_manifest_of(checkpoint).files:
+        raise ConfigError(
+            "The adapter has no checksums.",
+            where=str(config.load),
+            expected="an adapter of a version that records them; verify without --proof reads all tensors of others",
+        )
     if checkpoint.kind == "adapter" or (has_sums and config.proof):
         _check_adapter(checkpoint, report)
     with Reader(checkpoint.iteration_folder) as reader:

@@ -89,8 +89,7 @@ def adapter(small_checkpoint: Path, pairs: Path, tmp_path_factory: pytest.TempPa
 
 def test_finetune_prints_what_people_know(adapter: Path) -> None:
     out = (adapter / "stdout.txt").read_text()
-    assert "4 examples" in out
-    assert "4 iterations of 4 are 4.0 epochs" in out
+    assert "4 examples" in out and "4 iterations of 4 are 4.0 epochs" in out
     assert "target modules: linear_qkv, linear_proj, linear_fc1, linear_fc2 (one adapter per expert)" in out
     assert re.search(r"trainable parameters: [\d,]+ of [\d,]+ \(\d+\.\d+%\)", out)
     assert out.count("Gradients are summed") == 1
@@ -99,16 +98,24 @@ def test_finetune_prints_what_people_know(adapter: Path) -> None:
     for part in ("lm loss: ", "tokens/s: ", "TFLOP/s/process: ", "peak GB: ", "ETA: ", "learning rate: 1.000E-04"):
         assert part in line
     assert "✓ LoRA fine-tuning complete:" in out
-    # One process speaks.
-    assert out.count("iteration 4/4") == 1
+    assert out.count("iteration 4/4") == 1, "one process speaks"
+
+
+def test_the_proof_of_an_adapter_is_its_checksums(adapter: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(adapter, tmp_path / "copy"))
+    done = mixtral_run("verify", "--load", str(folder), "--proof")
+    assert done.returncode == 0 and "by the checksums in the manifest" in done.stdout, done.stderr
+    file = next(folder.glob("iter_0000004/*.distcp"))
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    done = mixtral_run("verify", "--load", str(folder), "--proof")
+    assert done.returncode == 4 and file.name in done.stderr
 
 
 def test_finetune_leaves_whole_checkpoints(adapter: Path) -> None:
     assert (adapter / "latest_checkpointed_iteration.txt").read_text().strip() == "4"
     assert sorted(path.name for path in adapter.glob("*iter_*")) == ["iter_0000002", "iter_0000004"]
     losses = [json.loads(line)["loss"] for line in (adapter / "metrics.jsonl").read_text().splitlines()]
-    assert len(losses) == 4
-    assert losses[-1] < losses[0]
+    assert len(losses) == 4 and losses[-1] < losses[0]
     assert list((adapter / "tensorboard").iterdir())
 
 
@@ -117,8 +124,7 @@ def test_finetune_sums_its_run_up(adapter: Path) -> None:
     summary = json.loads((adapter / "summary.json").read_text())
     # The first iteration pays for warming up.
     middle = statistics.median(line["seconds"] for line in lines[1:])
-    assert summary["iterations"] == 4
-    assert summary["seconds_per_iteration"] == middle
+    assert summary["iterations"] == 4 and summary["seconds_per_iteration"] == middle
     assert summary["tokens_per_second"] == pytest.approx(lines[0]["tokens_per_second"] * lines[0]["seconds"] / middle)
     assert summary["tokens_per_second"] == pytest.approx(2 * summary["tokens_per_second_per_process"])
     assert summary["tflops_per_process"] > 0
