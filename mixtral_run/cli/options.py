@@ -41,8 +41,6 @@ def config_options(
             scheduled = take_launcher_options(flags) if function.__name__ in SCHEDULED else {}
             elsewhere = "on" in given or "launcher" in scheduled
             config = merged_config(config_class, flags.pop("config"), flags, on_hosts=elsewhere)
-            if getattr(config, "json", False):
-                expect_json(click.get_current_context())
             if scheduled:
                 launch(function.__name__, config, given, scheduled)
             elif "on" in given:
@@ -98,6 +96,8 @@ def merged_config(
     in_file: dict[str, Any] = {}
     try:
         in_file = config_class.with_current_names(read_config_file(file)) if file is not None else {}
+        if in_file.get("json") is True and "json" in field_types(config_class):
+            expect_json(context)
         values, unused = config_class.without_unused(in_file | flags, flags)
         config = config_class.from_mapping(values, where=str(file or "command line")).check()
         if not_understood:

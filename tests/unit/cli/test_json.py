@@ -88,8 +88,9 @@ def test_an_unknown_flag_is_an_error_in_the_document(verb: str, capsys: pytest.C
     assert sys.stdout is stdout
 
 
-def test_json_in_a_config_file_counts_too(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text(f"load: {tmp_path}/nowhere\njson: true\n")
+@pytest.mark.parametrize("more", ["", "adaptr: x\n"])
+def test_json_in_a_config_file_counts_too(capsys: pytest.CaptureFixture[str], tmp_path: Path, more: str) -> None:
+    (tmp_path / "c.yaml").write_text(f"load: {tmp_path}/nowhere\njson: true\n{more}")
     with pytest.raises(MixtralRunError) as caught:
         root.main(["verify", "--config", str(tmp_path / "c.yaml")], standalone_mode=False, prog_name="mixtral-run")
     assert json.loads(capsys.readouterr().out)["error"] == described(caught.value)
