@@ -55,11 +55,23 @@ def with_adapter_settings(config: FinetuneConfig) -> FinetuneConfig:
     )
     if processes.rank() == 0 and changed != config:
         modules = ", ".join(lora.target_modules)
-        Report().say(f"LoRA settings of {config.init_adapter}: {lora.describe()}, {modules}")
+        report = Report()
+        report.say(f"LoRA settings of {config.init_adapter}: {lora.describe()}, {modules}")
+        for name, asked in _not_used(config, changed).items():
+            report.warn(f"{flag_of(name)} {asked} is not used: the adapter to start from has {getattr(changed, name)}")
     # What the adapter brings must suit the other settings too.
     if changed.train_also != config.train_also:
         changed.check()
     return changed
+
+
+def _not_used(config: FinetuneConfig, changed: FinetuneConfig) -> dict[str, object]:
+    """Return the settings that were given and differ from those of the adapter. Defaults may not have been given."""
+    defaults = {item.name: item.default for item in dataclasses.fields(config)}
+    asked = {
+        name: getattr(config, name) for name in ("lora_rank", "lora_alpha", "lora_rank_experts", "lora_alpha_experts")
+    }
+    return {name: value for name, value in asked.items() if value not in (defaults[name], getattr(changed, name))}
 
 
 def describe_init_adapter(config: FinetuneConfig, base: BaseDescription) -> AdapterDescription:
