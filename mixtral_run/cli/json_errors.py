@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
 import click
@@ -39,7 +39,7 @@ def expect_json(ctx: click.Context) -> None:
 
     Of the processes of the user's torchrun only the first prints.
     """
-    if _WATCHED not in ctx.meta and os.environ.get("RANK", "0") == "0":
+    if _WATCHED not in ctx.meta and sys.stdout is not None and os.environ.get("RANK", "0") == "0":
         watched = _Watched(sys.stdout)
         ctx.meta[_WATCHED], sys.stdout = watched, cast(TextIO, watched)
 
@@ -56,7 +56,9 @@ def errors_as_json(ctx: click.Context) -> Iterator[None]:
         watched = ctx.meta.get(_WATCHED)
         document = _document(error)
         if document is not None and watched is not None and not watched.is_used:
-            print(json_text({"ok": False, "error": document}), file=watched, flush=True)
+            # A reader that is gone or a full disk must not hide the error itself.
+            with suppress(OSError):
+                print(json_text({"ok": False, "error": document}), file=watched, flush=True)
         raise
     finally:
         watched = ctx.meta.get(_WATCHED)

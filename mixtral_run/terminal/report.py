@@ -103,7 +103,7 @@ def json_text(document: object) -> str:
     """Return a JSON document for standard output. Escape other characters than ASCII only if it cannot take them."""
     text = json.dumps(document, indent=2, ensure_ascii=False)
     try:
-        text.encode(sys.stdout.encoding or "utf-8")
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except UnicodeEncodeError:  # also half a surrogate pair, as names of files that are not UTF-8 have
         text = json.dumps(document, indent=2)
     return text

@@ -110,7 +110,7 @@ class VerifyConfig(LaunchConfig):
         None, help="JSON file to write the logits comparison to as well.", section=OUTPUT
     )
     proof: bool = setting(
-        False, help="Read every byte and check it against the checkpoint's own proof.json.", section=COMPARISON
+        False, help="Read every byte and check it against the checksums that were saved with it.", section=COMPARISON
     )
     json: bool = setting(False, help="Print the report as JSON.", section=OUTPUT)
 

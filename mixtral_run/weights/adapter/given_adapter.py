@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from mixtral_run.weights.hf.pytorch_bin import read_bin_files
 from mixtral_run.weights.hf.safetensors_files import TensorEntry, read_header
 from mixtral_run.weights.manifest.checkpoint_folder import LATEST
 from mixtral_run.weights.manifest.describe import AdapterDescription, describe_adapter
-from mixtral_run.weights.manifest.manifest import MANIFEST_NAME, UNKNOWN_FINGERPRINT
+from mixtral_run.weights.manifest.manifest import MANIFEST_NAME, UNKNOWN_FINGERPRINT, ExportManifest, read_manifest
 from mixtral_run.weights.manifest.template_record import TemplateRecord
 
 SAFETENSORS, BIN = "adapter_model.safetensors", "adapter_model.bin"
@@ -62,14 +61,13 @@ def _chat_template(folder: Path) -> TemplateRecord | None:
 
     None if there is neither. Raises WeightsError if it cannot be read.
     """
+    if (folder / MANIFEST_NAME).is_file():
+        recorded = read_manifest(folder, ExportManifest).chat_template
+        if recorded is not None:
+            return recorded
     try:
-        if (folder / MANIFEST_NAME).is_file():
-            values = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
-            recorded = TemplateRecord.parse(values.get("chat_template")) if isinstance(values, dict) else None
-            if recorded is not None:
-                return recorded
         return TemplateRecord.read(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         raise _unusable(folder, [f"its chat template cannot be read: {error}"]) from error
 
 

@@ -182,6 +182,7 @@ class ExportManifest(Manifest):
     """Manifest of a PEFT directory (kind peft) or of an HF model that the kit wrote (kind hf).
 
     layout: of a PEFT directory: peft, peft-fused or vllm. adapter: the checkpoint that was exported or merged.
+    chat_template: of a PEFT directory: the template that the adapter was trained with, if it is known.
     """
 
     KINDS = ("peft", "hf")
@@ -190,11 +191,17 @@ class ExportManifest(Manifest):
 
     layout: str | None
     adapter: str | None
+    chat_template: TemplateRecord | None
 
     @classmethod
     def parse(cls, fields: Fields) -> ExportManifest:
         """Return the manifest; problems are collected in `fields`."""
-        return cls(values=fields.values, layout=fields.optional_text("layout"), adapter=fields.optional_text("adapter"))
+        return cls(
+            values=fields.values,
+            layout=fields.optional_text("layout"),
+            adapter=fields.optional_text("adapter"),
+            chat_template=fields.chat_template(),
+        )
 
 
 _CLASSES = (BaseManifest, AdapterManifest, QuantizedCacheManifest, ExportManifest)

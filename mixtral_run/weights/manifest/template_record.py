@@ -12,7 +12,9 @@ from mixtral_run.weights.hf.tokenizer_files import CHAT_TEMPLATE, MORE_TEMPLATES
 
 OF_TOKENIZER = "tokenizer"
 """Name of a tokenizer's own template."""
-_TOOL_USE, _TOKENIZER_CONFIG = "tool_use.jinja", "tokenizer_config.json"
+_DEFAULT, _TOOLS = "default", "tool_use"
+"""Names that Transformers gives a tokenizer's templates."""
+_TOOL_USE, _TOKENIZER_CONFIG = f"{_TOOLS}.jinja", "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
@@ -81,18 +83,32 @@ class TemplateRecord:
             return cls(OF_TOKENIZER, (folder / CHAT_TEMPLATE).read_text(encoding="utf-8"), tools_text)
         if not (folder / _TOKENIZER_CONFIG).is_file():
             return None
-        values = json.loads((folder / _TOKENIZER_CONFIG).read_text(encoding="utf-8"))
+        try:
+            values = json.loads((folder / _TOKENIZER_CONFIG).read_text(encoding="utf-8"))
+        except RecursionError as error:
+            raise ValueError(f"{_TOKENIZER_CONFIG} is nested too deeply") from error
         own = values.get("chat_template") if isinstance(values, Mapping) else None
         if isinstance(own, list):
-            own = {each["name"]: each["template"] for each in own if isinstance(each, Mapping) and len(each) == 2}
-        texts = own if isinstance(own, Mapping) else {"default": own}
-        return cls.parse_texts(texts.get("default"), texts.get("tool_use"))
+            own = {str(each.get("name")): each.get("template") for each in own if isinstance(each, Mapping)}
+        return cls.of_tokenizer(own)
 
     @classmethod
-    def parse_texts(cls, text: object, tools_text: object) -> TemplateRecord | None:
-        """Return the record of a tokenizer's own template; None without one. Raises ValueError if it is no text."""
-        if text is None:
+    def of_tokenizer(cls, own: object) -> TemplateRecord | None:
+        """Return the record of a tokenizer's own template; None if it has none.
+
+        Args:
+            own: `chat_template` of a tokenizer of Transformers: None, a text, or texts by name.
+
+        Raises:
+            ValueError: several templates of which none is the default, or one that is no text.
+        """
+        if not own:
             return None
+        texts = own if isinstance(own, Mapping) else {_DEFAULT: own}
+        text = next(iter(texts.values())) if len(texts) == 1 else texts.get(_DEFAULT)
+        tools_text = texts.get(_TOOLS) if len(texts) > 1 else None
+        if text is None:
+            raise ValueError(f"several chat templates, none named {_DEFAULT!r}: {', '.join(sorted(texts))}")
         if not isinstance(text, str) or not isinstance(tools_text, str | None):
-            raise ValueError("the chat template is no text")
+            raise ValueError("a chat template that is no text")
         return cls(OF_TOKENIZER, text, tools_text)

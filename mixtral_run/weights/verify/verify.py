@@ -71,7 +71,8 @@ def verify(config: VerifyConfig, report: Report | None = None) -> VerifyResult:
         raise ConfigError(
             "The adapter has no checksums.",
             where=str(config.load),
-            expected="an adapter of a version that records them; verify without --proof reads all tensors of others",
+            expected="an adapter that a newer version of the kit saved",
+            next_command="the same command without --proof, which reads every tensor",
         )
     if checkpoint.kind == "adapter" or (has_sums and config.proof):
         _check_adapter(checkpoint, report)

@@ -114,6 +114,22 @@ def test_an_exported_adapter_keeps_its_chat_template(
         assert session.template.record == record and session.warnings == ()
 
 
+@pytest.mark.parametrize(
+    "damage", [{"text": "{{ other }}"}, {"name": "\x1b]0;x\x07"}, {"fingerprint": "0"}, {"tools_text": 5}]
+)
+def test_a_damaged_template_of_an_exported_adapter_is_refused(
+    adapted: Adapted, adapter: Path, tmp_path: Path, damage: dict[str, Any]
+) -> None:
+    folder = exported(with_template(adapter, TemplateRecord("own.jinja", MARKED)), tmp_path / "peft")
+    file = folder / "mixtral_run.json"
+    values = json.loads(file.read_text())
+    values["chat_template"] |= damage
+    file.write_text(json.dumps(values))
+    with pytest.raises(WeightsError, match=r"mixtral_run\.json") as caught:
+        open_session(GenerateConfig(load=adapted.base, adapter=folder, prompt=("a",)))
+    assert "\x1b" not in str(caught.value)
+
+
 def test_an_adapter_of_another_program_has_the_template_of_its_files(
     adapted: Adapted, adapter: Path, tmp_path: Path
 ) -> None:

@@ -159,3 +159,12 @@ def test_explain_prints_known_failures(capsys: pytest.CaptureFixture[str]) -> No
     document, error = run(capsys, "explain", "docker-permission")
     assert error is None and [each["name"] for each in document["failures"]] == ["docker-permission"]
     assert document["failures"][0]["commands"] and document["recorded"] == []
+
+
+@pytest.mark.parametrize("redirection", [">/dev/full", ">&-", "| sleep 0"])
+def test_an_error_is_reported_although_standard_output_takes_nothing(redirection: str) -> None:
+    import subprocess
+
+    line = f'"$0" -m mixtral_run plan --no-such-flag --json {redirection}; exit "${{PIPESTATUS[0]}}"'
+    done = subprocess.run(["bash", "-c", line, sys.executable], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "--no-such-flag" in done.stderr and "Traceback" not in done.stderr

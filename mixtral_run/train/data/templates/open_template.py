@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FLAG = "--chat-template"
-_DEFAULT, _TOOLS = "default", "tool_use"
-"""Names that Transformers gives a tokenizer's templates."""
 
 
 def open_chat_template(choice: str, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
@@ -103,23 +101,17 @@ def _place(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def own_template(tokenizer: PreTrainedTokenizerBase) -> TemplateRecord | None:
-    """Return the tokenizer's own template, None if it has none."""
-    own = tokenizer.chat_template
-    if not own:
-        return None
-    if isinstance(own, str):
-        return TemplateRecord(OF_TOKENIZER, own)
-    if len(own) == 1:
-        return TemplateRecord(OF_TOKENIZER, next(iter(own.values())))
-    if _DEFAULT not in own:
+    """Return the tokenizer's own template, None if it has none. Raises ConfigError if it has several and no default."""
+    try:
+        return TemplateRecord.of_tokenizer(tokenizer.chat_template)
+    except ValueError as error:
         raise ConfigError(
             "The tokenizer has several chat templates, and none is its default.",
             where=str(tokenizer.name_or_path),
-            expected=f"one with the name {_DEFAULT!r}",
-            found=", ".join(sorted(own)),
+            expected="one with the name 'default'",
+            found=", ".join(sorted(tokenizer.chat_template)),
             next_command=f"the same with {FLAG} FILE, a file with one of them; or {FLAG} {MIXTRAL_TEMPLATE}",
-        )
-    return TemplateRecord(OF_TOKENIZER, own[_DEFAULT], own.get(_TOOLS))
+        ) from error
 
 
 def _read(path: Path) -> str:

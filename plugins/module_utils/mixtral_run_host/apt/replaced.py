@@ -10,10 +10,10 @@ from .kept_files import KeptFiles, conffiles
 
 Return = namedtuple("Return", "words versions notes answer dragged changed")
 """How packages come back. words: of `apt-get install`. versions: by name. notes: sentences on versions that the archive no
-longer has. answer: of the simulation. dragged, changed: all packages that the installation would
-remove, and those of which it would install another version."""
+longer has. answer: of the simulation. dragged: all packages that the installation would remove. changed: all packages whose
+version it would change."""
 INSTALLED = Return([], {}, [], None, [], {})
-"""All packages are there again. What `put_back` does after their installation is left."""
+"""The packages are installed again. `put_back` still restores their marks and services."""
 _OPTIONS = ["--no-install-recommends", "--allow-downgrades", "--allow-change-held-packages"]
 
 
@@ -91,7 +91,7 @@ class Replaced:
         The files are there before the packages, which leave a file of the host as it is.
         """
         self._record.values[self._key]["returning"] = True
-        self._record.save()  # a run that goes on from here also does what comes after the installation
+        self._record.save()  # if this run is cut off, the next one still restores marks and services
         self.kept.restore()
         answer = apt.run(["install"] + plan.words) if plan.versions else None
         if answer is not None and answer.code:

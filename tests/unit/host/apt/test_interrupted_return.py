@@ -1,4 +1,4 @@
-"""What the kit replaced comes back whole, although runs before were cut off."""
+"""Replaced packages are restored completely even if earlier runs were interrupted."""
 
 from __future__ import annotations
 

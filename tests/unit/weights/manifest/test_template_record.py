@@ -20,7 +20,9 @@ from mixtral_run.weights.manifest.template_record import TemplateRecord
             [{"name": "default", "template": "x"}, {"name": "tool_use", "template": "y"}],
             TemplateRecord("tokenizer", "x", "y"),
         ),
-        ([{"name": "rag", "template": "x"}], None),
+        ([{"name": "rag", "template": "x"}], TemplateRecord("tokenizer", "x")),
+        ({"default": "x", "rag": "z"}, TemplateRecord("tokenizer", "x")),
+        ("", None),
     ],
 )
 def test_the_template_of_a_tokenizers_config(tmp_path: Path, own: Any, expected: TemplateRecord | None) -> None:
@@ -45,6 +47,8 @@ def test_a_folder_without_a_tokenizer_has_none(tmp_path: Path) -> None:
     [
         ("tokenizer_config.json", b"{"),
         ("tokenizer_config.json", b'{"chat_template": 5}'),
+        ("tokenizer_config.json", b"[" * 200_000),
+        ("tokenizer_config.json", b'{"chat_template": {"a": "x", "b": "y"}}'),
         ("chat_template.jinja", b"\xff"),
     ],
 )

@@ -1,4 +1,4 @@
-"""How deeply values may be nested does not depend on the program that reads them."""
+"""The limit of nested JSON does not depend on which program reads it."""
 
 from __future__ import annotations
 
